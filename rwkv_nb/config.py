@@ -1,0 +1,194 @@
+"""Every setting of the project, in frozen dataclasses by concern.
+
+A field's text is written once, here, in English and Chinese; tooltips, `--help` and the
+documentation are made from it. Names are the tutorial's own (`--micro_bsz`, `--lr_init`, …).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import SettingsError
+
+
+def _option(default: Any, en: str, zh: str, *, unit: str = "", choices: tuple = (), low=None, high=None):
+    """A documented dataclass field. low and high are inclusive bounds, in the field's unit."""
+    text = {"en": en, "zh": zh, "unit": unit, "choices": choices, "low": low, "high": high}
+    return dataclasses.field(default=default, metadata=text)
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """What is learnt from."""
+
+    data_file: str = _option("", "training data: a .jsonl file, or .bin/.idx, with or without its suffix",
+                             "训练数据:.jsonl 或 .bin/.idx,后缀可省略")
+    data_type: str = _option("auto", "format of data_file; auto looks at what is there",
+                             "数据格式;auto 为自动识别", choices=("auto", "jsonl", "binidx"))
+    tokenizer: str = _option("auto", "vocabulary; auto picks it from the model's number of rows",
+                             "词表;auto 根据模型词表大小选择", choices=("auto", "world", "byte"))
+    template: str = _option("chat", "how documents are read: chat trains the assistant's turns, plain trains everything",
+                            "文档模板:chat 只训练助手回答,plain 训练全部文字", choices=("chat", "plain"))
+    ctx_len: int = _option(512, "longest piece of a document seen at once; longer documents are split",
+                           "上下文长度;更长的文档会被切分", unit="tokens", low=2)
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """The adapter that is trained beside the frozen base."""
+
+    r: int = _option(32, "rank of the adapter: 32 or 64 are usual; higher learns more and costs more",
+                     "LoRA 秩,常用 32 或 64;越大效果越好、越占显存", low=1)
+    lora_alpha: float = _option(64.0, "the adapter is scaled by lora_alpha / r; twice r is usual",
+                                "缩放因子,实际缩放为 alpha / r,一般取 r 的两倍", low=0)
+    lora_dropout: float = _option(0.01, "share of the adapter's inputs dropped in training",
+                                  "LoRA 丢弃率", low=0, high=0.99)
+    target_modules: tuple[str, ...] = _option(
+        ("att.receptance", "att.key", "att.value", "att.output", "ffn.key", "ffn.value"),
+        "linear layers that get an adapter, by the end of their name", "加 LoRA 的线性层(名称结尾)")
+
+
+@dataclass(frozen=True)
+class LiveSettings:
+    """What may change while a run trains; read once per optimizer step."""
+
+    lr_init: float = _option(2e-4, "highest learning rate, reached after the warm-up",
+                             "初始(最高)学习率", low=0)
+    lr_final: float = _option(2e-5, "learning rate at the last step", "最终学习率", low=0)
+    grad_clip: float = _option(1.0, "longest gradient, as an L2 norm over the adapter; 0 does not clip",
+                               "梯度裁剪;0 为不裁剪", low=0)
+    log_every: int = _option(1, "metrics are written once in this many steps", "每多少步记录一次",
+                             unit="optimizer steps", low=1)
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How it is learnt."""
+
+    load_model: str = _option("", "base model, a .pth file", "基底模型 .pth 路径")
+    proj_dir: str = _option("", "the run's folder: logs, adapters, merged models", "输出文件夹")
+    micro_bsz: int = _option(1, "documents worked on at once; raise it while memory lasts",
+                             "微批次大小,从 1 开始逐渐增大", low=1)
+    accumulate_grad_batches: int = _option(1, "micro-batches in one optimizer step", "梯度累积步数", low=1)
+    epoch_count: int = _option(1, "epochs to train", "总训练轮次", low=1)
+    epoch_steps: int = _option(0, "optimizer steps in an epoch; 0 means once through the data",
+                               "每轮的优化步数;0 表示完整遍历一遍数据", unit="optimizer steps", low=0)
+    epoch_save: int = _option(1, "an adapter is saved once in this many epochs", "每多少轮保存一次", low=1)
+    live: LiveSettings = LiveSettings()
+    warmup_steps: int = _option(10, "steps in which the learning rate rises from near 0", "预热步数",
+                                unit="optimizer steps", low=0)
+    weight_decay: float = _option(0.0, "decoupled weight decay of the adapter", "权重衰减", low=0)
+    beta1: float = _option(0.9, "AdamW: memory of the gradient's mean", "AdamW beta1", low=0, high=0.9999)
+    beta2: float = _option(0.99, "AdamW: memory of the gradient's square", "AdamW beta2", low=0, high=0.99999)
+    adam_eps: float = _option(1e-8, "AdamW: added to the root of the square", "AdamW eps", low=0)
+    precision: str = _option("fp32", "arithmetic of the base; the adapter itself is kept in fp32",
+                             "训练精度", choices=("fp32", "bf16"))
+    grad_cp: int = _option(0, "gradient checkpointing: 1 recomputes each block in backward to save memory",
+                           "梯度检查点:1 省显存但更慢,0 更快", choices=(0, 1))
+    op: str = _option("auto", "WKV operator; auto picks the fastest that works here",
+                      "WKV 算子;auto 自动选择最快的", choices=("auto", "torch", "chunked", "cpu"))
+    accelerator: str = _option("auto", "device that computes", "计算设备", choices=("auto", "cpu", "gpu"))
+    random_seed: int = _option(42, "seed of the order, the initial adapter and dropout", "随机种子", low=0)
+    merge: int = _option(1, "1 writes rwkv-{epoch}.pth, the complete merged model, at each save",
+                         "1 表示每次保存时同时写出合并后的完整模型", choices=(0, 1))
+    checkpoint_seconds: float = _option(60.0, "a checkpoint to resume from is written this often",
+                                        "保存断点的间隔", unit="seconds", low=0)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All of a run."""
+
+    data: DataSettings = DataSettings()
+    lora: LoraSettings = LoraSettings()
+    train: TrainSettings = TrainSettings()
+
+
+def check(settings) -> None:
+    """Raise SettingsError for the first field outside its choices or bounds. Nested settings too."""
+    for f in dataclasses.fields(settings):
+        value, rule = getattr(settings, f.name), f.metadata
+        if dataclasses.is_dataclass(value):
+            check(value)
+            continue
+        if rule.get("choices") and value not in rule["choices"]:
+            near = difflib.get_close_matches(str(value), map(str, rule["choices"]), 1)
+            raise SettingsError(f"{f.name} cannot be {value!r}", where=f.name,
+                                fix=f"use one of {', '.join(map(str, rule['choices']))}"
+                                    + (f"; did you mean {near[0]}?" if near else ""))
+        for bound, wrong in (("low", lambda v, b: v < b), ("high", lambda v, b: v > b)):
+            limit = rule.get(bound)
+            if limit is not None and not (isinstance(value, (int, float)) and not wrong(value, limit)):
+                side = "at least" if bound == "low" else "at most"
+                raise SettingsError(f"{f.name} is {value!r}", where=f.name, fix=f"it must be {side} {limit}")
+
+
+def replace(settings, **changes):
+    """A checked copy with fields changed, found by name at any depth: replace(s, r=64, lr_init=1e-4).
+
+    Raises SettingsError for a name that no field has (with the nearest right one) or a bad value.
+    """
+    known = field_names(settings)
+    for name in changes:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            raise SettingsError(f"there is no setting {name!r}", where=name,
+                                fix=f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}")
+    new = _replaced(settings, changes)
+    check(new)
+    return new
+
+
+def _replaced(settings, changes):
+    here = {}
+    for f in dataclasses.fields(settings):
+        value = getattr(settings, f.name)
+        if f.name in changes:
+            here[f.name] = changes[f.name]
+        elif dataclasses.is_dataclass(value):
+            here[f.name] = _replaced(value, changes)
+    return dataclasses.replace(settings, **here)
+
+
+def field_names(settings) -> list[str]:
+    """Names of all leaf fields of nested settings, in order."""
+    return [f.name for f in leaf_fields(settings)]
+
+
+def leaf_fields(settings) -> list[dataclasses.Field]:
+    """All documented fields of nested settings (an instance), in order; metadata carries the text."""
+    out = []
+    for f in dataclasses.fields(settings):
+        value = getattr(settings, f.name)
+        out += leaf_fields(value) if dataclasses.is_dataclass(value) else [f]
+    return out
+
+
+def to_json(settings) -> str:
+    """Nested settings as readable JSON."""
+    return json.dumps(dataclasses.asdict(settings), indent=2, ensure_ascii=False)
+
+
+def from_dict(cls, values: dict):
+    """Nested settings from to_json's dict; a key that is not there keeps its default.
+
+    Raises SettingsError for a key that no field has.
+    """
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise SettingsError(f"unknown setting {unknown[0]!r}", where=cls.__name__,
+                            fix=f"known: {', '.join(known)}")
+    made = {}
+    for name, value in values.items():
+        default = known[name].default
+        if dataclasses.is_dataclass(default):
+            value = from_dict(type(default), value)
+        elif isinstance(default, tuple):
+            value = tuple(value)
+        made[name] = value
+    return cls(**made)

@@ -1,0 +1,45 @@
+"""One family of errors: each says what is wrong, where, and what to do about it."""
+
+
+class RwkvNbError(Exception):
+    """Base of every error that this library raises on purpose.
+
+    what:  the problem, in one plain sentence
+    where: file:line, checkpoint key, setting or notebook cell; empty if the sentence says it
+    fix:   what the reader can do next
+    """
+
+    def __init__(self, what: str, *, where: str = "", fix: str = ""):
+        self.what, self.where, self.fix = what, str(where), fix
+        parts = [f"{self.where}: {what}" if where else what]
+        if fix:
+            parts.append(f"→ {fix}")
+        super().__init__("\n".join(parts))
+
+
+class SettingsError(RwkvNbError):
+    """A setting that is unknown, out of range or contradicts another."""
+
+
+class DataError(RwkvNbError):
+    """Training text or a token file that cannot be used as it is."""
+
+
+class CheckpointError(RwkvNbError):
+    """Model weights that are missing, damaged, of another version or of another shape."""
+
+
+class AdapterError(RwkvNbError):
+    """A LoRA file that is damaged or does not belong to this base."""
+
+
+class KernelError(RwkvNbError):
+    """A WKV operator that cannot run here."""
+
+
+class RunError(RwkvNbError):
+    """A run's folder that is in use, incomplete or not writable."""
+
+
+class TrainingError(RwkvNbError):
+    """Training that had to stop, such as a loss that is not a number."""

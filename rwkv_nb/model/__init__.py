@@ -1,0 +1,9 @@
+"""RWKV models whose parameter names are the checkpoint's keys."""
+
+from .checkpoint import fingerprint, load_model, load_weights, save_weights
+from .init import init_weights
+from .rwkv7 import RWKV7, State
+from .shape import PUBLISHED, Shape, read_shape
+
+__all__ = ["PUBLISHED", "RWKV7", "Shape", "State", "fingerprint", "init_weights", "load_model", "load_weights",
+           "read_shape", "save_weights"]

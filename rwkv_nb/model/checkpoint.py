@@ -1,0 +1,92 @@
+"""Weights from and to files: strict, memory-mapped, never running code from a file."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+from ..runs import write_with
+from .rwkv7 import RWKV7
+from .shape import Shape, read_shape
+
+
+def load_weights(path: str | Path) -> dict[str, Tensor]:
+    """A .pth's flat dict of tensors, memory-mapped on the CPU.
+
+    Raises CheckpointError for a file that is absent, empty, truncated, or a pickle of anything but tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError("there is no such file", where=path, fix="check load_model's path")
+    if path.stat().st_size == 0:
+        raise CheckpointError("the file is empty", where=path, fix="download or copy it again")
+    try:
+        mapped = zipfile.is_zipfile(path)  # torch.save's old format cannot be memory-mapped
+        weights = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
+    except (pickle.UnpicklingError, AttributeError, ImportError) as error:
+        raise CheckpointError("this is not a file of weights alone, and nothing in it was run", where=path,
+                              fix="use the model's published .pth; do not trust this file") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
+        raise CheckpointError("the file is damaged or cut off", where=path,
+                              fix="download or copy it again") from error
+    flat = isinstance(weights, dict) and weights and all(
+        isinstance(k, str) and isinstance(v, Tensor) and v.is_floating_point() for k, v in weights.items())
+    if not flat:
+        raise CheckpointError("the file holds something else than a flat dict of weights", where=path,
+                              fix="use the model's .pth, not a training checkpoint or a data file")
+    return weights
+
+
+def save_weights(path: str | Path, weights: Mapping[str, Tensor]) -> None:
+    """Write a .pth whole: contiguous tensors on the CPU, each with storage of its own, in the order given."""
+    alone = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
+    alone = {k: v if v.untyped_storage().nbytes() == v.nbytes else v.clone() for k, v in alone.items()}
+    write_with(Path(path), lambda temporary: torch.save(alone, temporary))
+
+
+def check_keys(weights: Mapping[str, Tensor], shape: Shape, where="") -> None:
+    """Raise CheckpointError that names every missing, unexpected and misshapen key."""
+    expected = shape.key_shapes()
+    wrong = [f"missing: {k}" for k in expected if k not in weights]
+    wrong += [f"unexpected: {k}" for k in weights if k not in expected]
+    wrong += [f"{k} is {list(weights[k].shape)}, expected {list(s)}" for k, s in expected.items()
+              if k in weights and tuple(weights[k].shape) != s]
+    if wrong:
+        raise CheckpointError(f"{len(wrong)} of its keys do not fit an {shape.version} model:\n  " + "\n  ".join(wrong),
+                              where=where, fix="use a whole, unchanged base model")
+
+
+def load_model(path: str | Path, *, device="cpu", dtype: torch.dtype | None = None) -> RWKV7:
+    """The model in a .pth, its shape read from the file; dtype None keeps the file's.
+
+    Raises CheckpointError for damaged files, other versions, and keys that do not fit (all are named).
+    """
+    weights = load_weights(path)
+    shape = read_shape(weights)
+    check_keys(weights, shape, where=path)
+    model = RWKV7(shape, device="meta")
+    model.load_state_dict({k: v.to(device=device, dtype=dtype or v.dtype) for k, v in weights.items()},
+                          strict=True, assign=True)
+    return model
+
+
+def fingerprint(path: str | Path) -> str:
+    """16 hex digits that tell one base from another: names, shapes, dtypes and both ends of every tensor.
+
+    Reads a few hundred bytes a tensor, so that a 14B file takes a moment, not minutes.
+    """
+    digest = hashlib.sha256()
+    weights = load_weights(path)
+    for key in sorted(weights):
+        flat = weights[key].contiguous().view(-1)
+        digest.update(f"{key} {list(weights[key].shape)} {flat.dtype}".encode())
+        for end in (flat[:64], flat[-64:]):
+            digest.update(end.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,150 @@
+"""A run is a folder: settings, logs, adapters, merged models, checkpoint, figures.
+
+Everything is written whole: temporary file beside the target, fsync, rename.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from . import config
+from .errors import RunError, SettingsError
+
+
+@contextlib.contextmanager
+def atomic_path(target: Path) -> Iterator[Path]:
+    """A temporary path beside `target`; renamed onto it when the block ends well, removed otherwise.
+
+    Raises RunError when the disk is full or the folder cannot be written; the old file is intact then.
+    """
+    target = Path(target)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with open(temporary, "rb") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, target)
+    except OSError as error:
+        raise RunError(f"could not write ({error.strerror or error}); what was there before is intact",
+                       where=target, fix="free some disk space or choose another folder, then save again") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(target: Path, text: str) -> None:
+    """Write a text file whole (UTF-8)."""
+    with atomic_path(target) as path:
+        path.write_text(text, encoding="utf-8")
+
+
+def write_with(target: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary path, then put it in place of `target` whole."""
+    with atomic_path(target) as path:
+        write(path)
+
+
+class Run:
+    """The folder `runs/<name>/` and the names of what is in it."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.folder)!r})"
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    @property
+    def settings_file(self) -> Path:
+        return self.folder / "settings.json"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def log_file(self) -> Path:
+        return self.folder / "train_log.txt"
+
+    @property
+    def checkpoint_file(self) -> Path:
+        return self.folder / "checkpoint.pt"
+
+    def adapter_file(self, epoch: int | str) -> Path:
+        """adapter-{epoch}.safetensors"""
+        return self.folder / f"adapter-{epoch}.safetensors"
+
+    def merged_file(self, epoch: int | str) -> Path:
+        """rwkv-{epoch}.pth, the complete merged model (the tutorial's name)."""
+        return self.folder / f"rwkv-{epoch}.pth"
+
+    def adapters(self) -> list[Path]:
+        """Saved adapters, oldest first."""
+        return sorted(self.folder.glob("adapter-*.safetensors"), key=lambda p: (p.stat().st_mtime_ns, p.name))
+
+    def last_adapter(self) -> Path:
+        """The adapter saved last. Raises RunError when there is none."""
+        found = self.adapters()
+        if not found:
+            raise RunError("there is no adapter in this run yet", where=self.folder,
+                           fix="train it first: notebook 03_train_lora, or `rwkv-nb train`")
+        return found[-1]
+
+    def settings(self) -> config.Settings:
+        """settings.json, or the defaults where there is none. Raises SettingsError on a damaged file."""
+        if not self.settings_file.exists():
+            return config.Settings()
+        try:
+            values = json.loads(self.settings_file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise SettingsError(f"settings cannot be read ({error})", where=self.settings_file,
+                                fix="mend the JSON or delete the file and run 01_prepare_data again") from error
+        return config.from_dict(config.Settings, values)
+
+    def save_settings(self, settings: config.Settings) -> None:
+        """Check and write settings.json whole."""
+        config.check(settings)
+        write_text(self.settings_file, config.to_json(settings) + "\n")
+
+    def update(self, **changes) -> config.Settings:
+        """Change some settings by name, write settings.json, return all of them."""
+        new = config.replace(self.settings(), **changes)
+        self.save_settings(new)
+        return new
+
+    def metrics(self) -> list[dict]:
+        """metrics.jsonl as a list of rows; a half-written last line is left out."""
+        if not self.metrics_file.exists():
+            return []
+        rows = []
+        for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):
+                rows.append(json.loads(line))
+        return rows
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder for one training process; the system frees it if that process dies.
+
+        Raises RunError when another one holds it.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / ".lock", "a+") as f:
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                f.seek(0)
+                raise RunError(f"another training run uses this folder (process {f.read().strip() or '?'})",
+                               where=self.folder, fix="stop that run, or give this one another name") from error
+            f.truncate(0)
+            f.write(str(os.getpid()))
+            f.flush()
+            yield
