@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -110,15 +111,17 @@ class Run:
         return config.from_dict(config.Settings, values)
 
     def save_settings(self, settings: config.Settings) -> None:
-        """Check and write settings.json whole."""
+        """Check and write settings.json whole; paths become absolute, so that any notebook finds them."""
         config.check(settings)
+        paths = {name: str(Path(value).resolve()) for name, value in
+                 (("data_file", settings.data.data_file), ("load_model", settings.train.load_model)) if value}
+        settings = config.replace(settings, **paths)
         write_text(self.settings_file, config.to_json(settings) + "\n")
 
     def update(self, **changes) -> config.Settings:
         """Change some settings by name, write settings.json, return all of them."""
-        new = config.replace(self.settings(), **changes)
-        self.save_settings(new)
-        return new
+        self.save_settings(config.replace(self.settings(), **changes))
+        return self.settings()
 
     def metrics(self) -> list[dict]:
         """metrics.jsonl as a list of rows; a half-written last line is left out."""
@@ -129,6 +132,22 @@ class Run:
             with contextlib.suppress(ValueError):
                 rows.append(json.loads(line))
         return rows
+
+    def set_aside(self) -> Path | None:
+        """Move what an earlier run left to previous-N/; settings.json stays. Returns that folder, or None."""
+        products = [self.metrics_file, self.log_file, self.checkpoint_file, *self.adapters(),
+                    *self.folder.glob("rwkv-*.pth"), *(self.folder / f for f in ("merged.pth", "score.json", "loss.png"))]
+        products = [p for p in products if p.exists()]
+        if not products:
+            return None
+        number = next(n for n in range(1, 10**6) if not (self.folder / f"previous-{n}").exists())
+        aside = self.folder / f"previous-{number}"
+        aside.mkdir()
+        for product in products:
+            product.rename(aside / product.name)
+        if self.settings_file.exists():
+            shutil.copy2(self.settings_file, aside)
+        return aside
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

@@ -1,0 +1,74 @@
+"""What a run needs to go on exactly where it was: one file, written whole, loaded without running code.
+
+Dropout needs no random state here: its masks follow from (seed, step, micro-batch, layer), see lora.layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+from dataclasses import dataclass
+
+import torch
+
+from ..config import LiveSettings, Settings, from_dict
+from ..errors import RunError
+from ..runs import Run, write_with
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A run's state after `step` optimizer steps."""
+
+    step: int
+    adapter: dict          # lora_A, lora_B by key, fp32
+    optimizer: dict        # AdamW's state_dict
+    data: dict             # Batches.state()
+    epoch_loss: list       # [Σ cross-entropy, trained tokens] of the epoch so far
+    live: dict             # LiveSettings as they are now
+    settings: dict         # Settings as the run began
+    base: str              # fingerprint of the base model
+    log_sizes: dict        # bytes of each log
+    finished: bool
+    format: int = FORMAT
+
+    def save(self, run: Run) -> None:
+        """Write checkpoint.pt whole; the one before stays until then."""
+        write_with(run.checkpoint_file, lambda path: torch.save(dataclasses.asdict(self), path))
+
+    def live_settings(self) -> LiveSettings:
+        """LiveSettings as they were at this step."""
+        return from_dict(LiveSettings, self.live)
+
+
+def load_checkpoint(run: Run) -> Checkpoint | None:
+    """The run's checkpoint on the CPU, or None where there is none. Raises RunError for a damaged file."""
+    path = run.checkpoint_file
+    if not path.exists():
+        return None
+    try:
+        values = torch.load(path, map_location="cpu", weights_only=True)
+        if values["format"] != FORMAT:
+            raise ValueError(f"format {values['format']}")
+        return Checkpoint(**values)
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        raise RunError("the checkpoint cannot be read", where=path,
+                       fix="start afresh (start='fresh' keeps the old files aside); saved adapters are not touched"
+                       ) from error
+
+
+def differences(checkpoint: Checkpoint, settings: Settings) -> list[str]:
+    """Settings in which a checkpoint's run differs from what is asked for now, other than live ones, in words."""
+    ignored = {"live", "proj_dir", "checkpoint_seconds"}
+    found = []
+    for part, then in checkpoint.settings.items():
+        now = dataclasses.asdict(getattr(settings, part))
+        found += [f"{name}: {then.get(name)!r} → {value!r}" for name, value in now.items()
+                  if name not in ignored and _plain(then.get(name)) != _plain(value)]
+    return found
+
+
+def _plain(value):
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,54 @@
+"""A run's two logs: metrics.jsonl, a row a step, and train_log.txt, a line an epoch as RWKV's tools write it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from datetime import datetime
+from pathlib import Path
+
+from .. import config
+from ..errors import RunError
+from ..runs import Run
+
+
+class Logs:
+    """Appends to both files; sizes() and cut() let a resumed run drop what came after its checkpoint."""
+
+    def __init__(self, run: Run):
+        self._files = {"metrics": run.metrics_file, "train_log": run.log_file}
+
+    def new_run(self, settings: config.Settings) -> None:
+        """Head of a new run in train_log.txt."""
+        self._append("train_log", f"NEW RUN {datetime.now():%Y-%m-%d-%H-%M-%S}\n{config.to_json(settings)}\n")
+
+    def row(self, row: dict) -> None:
+        """One line of metrics.jsonl: a step's figures, or an event such as a changed setting."""
+        self._append("metrics", json.dumps(row, ensure_ascii=False) + "\n")
+
+    def epoch(self, epoch: int, loss: float, lr: float) -> None:
+        """One line of train_log.txt: epoch, mean loss, perplexity, learning rate, time, epoch."""
+        perplexity = math.exp(min(loss, 700))
+        self._append("train_log", f"{epoch} {loss:.6f} {perplexity:.4f} {lr:.8f} {datetime.now()} {epoch}\n")
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file now."""
+        return {name: path.stat().st_size if path.exists() else 0 for name, path in self._files.items()}
+
+    def cut(self, sizes: dict[str, int]) -> None:
+        """Drop everything behind the given sizes."""
+        for name, size in sizes.items():
+            path = self._files[name]
+            if path.exists() and path.stat().st_size > size:
+                os.truncate(path, size)
+
+    def _append(self, name: str, text: str) -> None:
+        path: Path = self._files[name]
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "a", encoding="utf-8") as f:
+                f.write(text)
+        except OSError as error:
+            raise RunError(f"could not write ({error.strerror or error})", where=path,
+                           fix="free some disk space, then resume: the last checkpoint is whole") from error

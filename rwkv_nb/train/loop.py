@@ -1,0 +1,184 @@
+"""The engine of a run: one object that holds model, data and optimizer, and takes one optimizer step at a time.
+
+It knows no thread and no widget; train.session drives it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import resource
+import shutil
+import time
+from pathlib import Path
+
+import torch
+
+from ..config import LiveSettings, Settings, check
+from ..data.batches import Batches
+from ..data.sources import open_documents
+from ..errors import SettingsError, TrainingError
+from ..lora.adapter import save_adapter
+from ..lora.layers import adapter_parameters, attach, set_dropout_step
+from ..lora.merge import merge
+from ..model import fingerprint, load_model
+from ..runs import Run
+from ..tokenizer import get_tokenizer
+from ..wkv import pick_op
+from .checkpoint import Checkpoint
+from .log import Logs
+from .loss import head_loss
+from .schedule import learning_rate
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def pick_device(accelerator: str) -> torch.device:
+    """auto takes a GPU where there is one. Raises SettingsError for a gpu that is not there."""
+    if accelerator == "gpu" and not torch.cuda.is_available():
+        raise SettingsError("there is no GPU that torch can use", where="accelerator",
+                            fix="set accelerator to cpu or auto; 00_check says what is missing")
+    return torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+class Trainer:
+    """A run's model, adapter, data and optimizer.
+
+    settings.train.load_model and settings.data.data_file must be given. Raises CheckpointError, DataError and
+    SettingsError for what cannot be trained. `notices` tells what a person should know before the run.
+    """
+
+    def __init__(self, run: Run, settings: Settings):
+        check(settings)
+        t = settings.train
+        for name, value in (("load_model", t.load_model), ("data_file", settings.data.data_file)):
+            if not value:
+                raise SettingsError(f"{name} is not given", where=name, fix="set it, or run 01_prepare_data first")
+        self.run, self.settings, self.device = run, settings, pick_device(t.accelerator)
+        self.model = load_model(t.load_model, device=self.device, dtype=DTYPES[t.precision])
+        self.base = fingerprint(t.load_model)
+        self.tokenizer = get_tokenizer(settings.data.tokenizer, self.model.shape.vocab_size)
+        self.op = pick_op(t.op, self.device, DTYPES[t.precision])
+        attach(self.model, settings.lora, t.random_seed)
+        self.model.train()
+        self.parameters = list(adapter_parameters(self.model))
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=t.live.lr_init, betas=(t.beta1, t.beta2),
+                                           eps=t.adam_eps, weight_decay=t.weight_decay, fused=True)
+        self.documents = open_documents(settings.data, self.tokenizer)
+        self.batches = Batches(
+            self.documents, ctx_len=settings.data.ctx_len, micro_bsz=t.micro_bsz,
+            accumulate=t.accumulate_grad_batches, seed=t.random_seed, epoch_steps=t.epoch_steps, device=self.device)
+        self.logs, self.step, self.epoch_loss = Logs(run), 0, [0.0, 0]
+        self.total_steps = t.epoch_count * self.batches.steps_per_epoch
+
+    @property
+    def epoch(self) -> int:
+        """Epochs completed."""
+        return self.step // self.batches.steps_per_epoch
+
+    @property
+    def epoch_ended(self) -> bool:
+        return self.step > 0 and self.step % self.batches.steps_per_epoch == 0
+
+    @property
+    def save_due(self) -> bool:
+        """An epoch at whose end an adapter is saved has just ended; the last epoch always is one."""
+        return self.epoch_ended and (self.epoch % self.settings.train.epoch_save == 0 or self.step == self.total_steps)
+
+    def notices(self) -> list[str]:
+        """What a person should know before the run, a sentence each."""
+        return [*self.batches.notices(), self._disk_notice()]
+
+    def _disk_notice(self) -> str:
+        t = self.settings.train
+        saves = math.ceil(t.epoch_count / t.epoch_save)
+        adapter = sum(p.nbytes for p in self.parameters)
+        need = saves * adapter + 3 * adapter  # the checkpoint: adapter and AdamW's two averages
+        if t.merge:
+            need += saves * Path(t.load_model).stat().st_size
+        self.run.folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.run.folder).free
+        text = (f"disk: {saves} adapters of {adapter / 1e6:.1f} MB" + (", each with a merged model," if t.merge else "")
+                + f" need {need / 1e9:.2f} GB; {free / 1e9:.1f} GB are free")
+        return f"WARNING {text}: save less often (epoch_save) or set merge to 0" if need > free else text
+
+    def train_step(self, live: LiveSettings) -> dict:
+        """One optimizer step under `live`; returns its row of metrics.
+
+        Raises TrainingError, with the adapter as it was before the step, when loss or gradient is not a number.
+        """
+        began, t = time.perf_counter(), self.settings.train
+        micro_batches = self.batches.next_step()
+        n_trained = sum(int(batch.mask.sum()) for batch in micro_batches)
+        ce = torch.zeros((), device=self.device)
+        for micro, batch in enumerate(micro_batches):
+            set_dropout_step(self.model, t.random_seed, self.step, micro)
+            hidden, _ = self.model.hidden(batch.inputs, op=self.op, grad_cp=bool(t.grad_cp))
+            loss, sum_ce = head_loss(hidden, self.model.head, batch.targets, batch.mask, n_trained)
+            loss.backward()
+            ce += sum_ce
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, live.grad_clip or math.inf))
+        ce_sum, lr = float(ce), learning_rate(self.step, self.total_steps, t.warmup_steps, live)
+        if not (math.isfinite(ce_sum) and math.isfinite(norm)):
+            self.optimizer.zero_grad()
+            raise TrainingError(f"loss {ce_sum / max(n_trained, 1)}, gradient norm {norm}: not a number",
+                                where=f"step {self.step + 1}",
+                                fix="the last checkpoint is good: resume with a lower lr_init or a smaller grad_clip"
+                                    + ("" if t.precision == "fp32" else ", or with precision fp32"))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        self.epoch_loss = [self.epoch_loss[0] + ce_sum, self.epoch_loss[1] + n_trained]
+        tokens = sum(batch.inputs.numel() for batch in micro_batches)
+        return {"step": self.step, "epoch": round(self.step / self.batches.steps_per_epoch, 4),
+                "loss": ce_sum / max(n_trained, 1), "lr": lr, "grad_norm": norm, "tokens": n_trained,
+                "tokens_per_s": round(tokens / (time.perf_counter() - began), 1),
+                "peak_memory_mb": round(self._peak_memory() / 1e6, 1)}
+
+    def _peak_memory(self) -> int:
+        """Bytes: the allocator's peak on a GPU, the whole process's on a CPU (ru_maxrss is in KiB on Linux)."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def end_epoch(self, lr: float) -> float:
+        """Write the epoch's line in train_log.txt; returns its mean loss."""
+        loss = self.epoch_loss[0] / max(self.epoch_loss[1], 1)
+        self.logs.epoch(self.epoch, loss, lr)
+        self.epoch_loss = [0.0, 0]
+        return loss
+
+    def save(self, name: int | str) -> list[Path]:
+        """Save adapter-{name}.safetensors and, at an epoch's end with merge=1, rwkv-{name}.pth. Returns the files."""
+        s, adapter = self.settings, self.run.adapter_file(name)
+        save_adapter(adapter, self.model, s.lora, base_path=s.train.load_model, base_fingerprint=self.base,
+                     template=s.data.template, tokenizer=self.tokenizer.name, epoch=self.epoch, step=self.step)
+        if not (s.train.merge and isinstance(name, int)):
+            return [adapter]
+        merge(s.train.load_model, adapter, self.run.merged_file(name), prove=False)
+        return [adapter, self.run.merged_file(name)]
+
+    def adapter_tensors(self) -> dict:
+        """lora_A and lora_B by key."""
+        return {k: v for k, v in self.model.state_dict().items() if k.endswith(("lora_A", "lora_B"))}
+
+    def checkpoint(self, live: LiveSettings) -> Checkpoint:
+        """All that resume() needs."""
+        return Checkpoint(
+            step=self.step, adapter=self.adapter_tensors(), optimizer=self.optimizer.state_dict(),
+            data=self.batches.state(), epoch_loss=list(self.epoch_loss), live=dataclasses.asdict(live),
+            settings=dataclasses.asdict(self.settings), base=self.base, log_sizes=self.logs.sizes(),
+            finished=self.step >= self.total_steps)
+
+    def resume(self, saved: Checkpoint) -> None:
+        """Go on from a checkpoint: adapter, optimizer, data position; logs are cut back to its step."""
+        if saved.base != self.base:
+            raise SettingsError("the checkpoint was made on another base model", where=self.settings.train.load_model,
+                                fix="give the base it began with, or start='fresh'")
+        self.model.load_state_dict(saved.adapter, strict=False)
+        self.optimizer.load_state_dict(saved.optimizer)
+        self.batches.load(saved.data)
+        self.step, self.epoch_loss = saved.step, list(saved.epoch_loss)
+        self.logs.cut(saved.log_sizes)

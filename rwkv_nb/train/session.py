@@ -1,0 +1,308 @@
+"""A run that trains on a thread of its own, so that the notebook's kernel stays free and widgets stay alive.
+
+Nothing here knows a widget. Controls set a request or replace a frozen LiveSettings under a lock; the thread reads
+both once per optimizer step. A panel paints from snapshot().
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .. import config
+from ..config import LiveSettings, Settings
+from ..errors import RunError, SettingsError
+from ..generate import generate
+from ..lora.layers import strength
+from ..runs import Run
+from .checkpoint import Checkpoint, differences, load_checkpoint
+from .loop import Trainer
+
+DONE = ("finished", "stopped", "failed")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Base and adapter answering one prompt, at one step."""
+
+    step: int
+    prompt: str
+    base: str
+    adapter: str
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a panel shows of a session at one moment."""
+
+    status: str                          # ready, preparing, training, paused, saving, finished, stopped, failed
+    step: int
+    total_steps: int
+    epochs: float
+    rows: tuple[dict, ...]               # metrics.jsonl: steps and events
+    samples: tuple[Sample, ...]
+    notices: tuple[str, ...]
+    files: tuple[str, ...]               # what was saved, by name
+    live: LiveSettings
+    seconds_left: float | None
+    error: str
+
+    @property
+    def done(self) -> bool:
+        return self.status in DONE
+
+
+class TrainSession:
+    """Fine-tune in the background: session = TrainSession(run); session.start(); await session.wait().
+
+    run:      the run's folder, or its path
+    settings: by default the run's settings.json
+    prompts:  texts that base and adapter answer side by side at each save
+    start:    "auto" goes on from an unfinished checkpoint of the same settings and else begins anew;
+              "resume" insists on the checkpoint; "fresh" begins anew. What an earlier run left is moved to
+              previous-N/ inside the folder, never overwritten.
+    """
+
+    def __init__(self, run: Run | str, settings: Settings | None = None, *, prompts: Sequence[str] = (),
+                 start: str = "auto", max_tokens: int = 60):
+        if start not in ("auto", "resume", "fresh"):
+            raise SettingsError(f"start cannot be {start!r}", where="start", fix="use auto, resume or fresh")
+        self.run = run if isinstance(run, Run) else Run(run)
+        self.settings = settings or self.run.settings()
+        config.check(self.settings)
+        self.prompts, self._start_from, self._max_tokens = tuple(prompts), start, max_tokens
+        self.trainer: Trainer | None = None
+        self._lock = threading.Lock()
+        self._go = threading.Event()      # cleared while paused
+        self._go.set()
+        self._stop = self._save = False
+        self._live = self.settings.train.live
+        self._pending: list[dict] = []    # events, stamped with their step by the training thread
+        self._rows: list[dict] = []
+        self._samples: list[Sample] = []
+        self._notices: list[str] = []
+        self._files: list[str] = []
+        self._base_answers: list[str] = []
+        self._status, self._error = "ready", None
+        self._seconds: deque[float] = deque(maxlen=20)
+        self._thread = threading.Thread(target=self._main, name="rwkv_nb training", daemon=True)
+
+    # -- controls: callable from any thread ----------------------------------------------------------------------
+
+    def start(self) -> TrainSession:
+        """Begin on the session's own thread; returns at once. A second call is an error."""
+        if self._status != "ready":
+            raise RunError(f"this session has been started already ({self._status})", where=self.run.folder,
+                           fix="make a new TrainSession to train again")
+        self._status = "preparing"
+        self._thread.start()
+        return self
+
+    def pause(self) -> None:
+        """Hold after the optimizer step that is under way."""
+        if self._go.is_set() and not self.snapshot().done:
+            self._go.clear()
+            self._event({"event": "pause"})
+
+    def resume(self) -> None:
+        """Go on after pause()."""
+        if not self._go.is_set():
+            self._event({"event": "resume"})
+            self._go.set()
+
+    def stop(self) -> None:
+        """Save a checkpoint and an adapter after the step under way, then end. A later session resumes there."""
+        self._stop = True
+        self._go.set()
+
+    def save_now(self) -> None:
+        """Save an adapter and a checkpoint after the step under way; also while paused."""
+        self._save = True
+
+    def change(self, **changes) -> LiveSettings:
+        """Change LiveSettings by name, from the next optimizer step on; each change is recorded with that step."""
+        with self._lock:
+            before, self._live = self._live, config.replace(self._live, **changes)
+            for name in changes:
+                old, new = getattr(before, name), getattr(self._live, name)
+                if old != new:
+                    self._pending.append({"event": "change", "name": name, "from": old, "to": new})
+            return self._live
+
+    def snapshot(self) -> Snapshot:
+        """The session as it is now."""
+        trainer = self.trainer
+        with self._lock:
+            step, total = (trainer.step, trainer.total_steps) if trainer else (0, 0)
+            pace = sum(self._seconds) / len(self._seconds) if self._seconds else None
+            return Snapshot(
+                status=self._status, step=step, total_steps=total,
+                epochs=step / trainer.batches.steps_per_epoch if trainer else 0.0, rows=tuple(self._rows),
+                samples=tuple(self._samples), notices=tuple(self._notices), files=tuple(self._files),
+                live=self._live, seconds_left=None if pace is None else pace * (total - step),
+                error=str(self._error or ""))
+
+    async def wait(self) -> Snapshot:
+        """Wait for the end with the kernel free: `await session.wait()`. Raises what stopped the training."""
+        while not self.snapshot().done:
+            await asyncio.sleep(0.2)
+        return self.result()
+
+    def join(self) -> Snapshot:
+        """Wait for the end in a script; Ctrl-C stops the run with everything saved."""
+        while self._thread.is_alive():
+            try:
+                self._thread.join(0.2)
+            except KeyboardInterrupt:
+                self.stop()
+        return self.result()
+
+    def result(self) -> Snapshot:
+        """The last snapshot. Raises what stopped the training."""
+        if self._error:
+            raise self._error
+        return self.snapshot()
+
+    # -- the training thread -------------------------------------------------------------------------------------
+
+    def _main(self) -> None:
+        try:
+            with self.run.lock():
+                self._prepare()
+                status = self._train()
+        except BaseException as error:  # whatever it is, the panel shows it and wait() raises it
+            self._error = error
+            status = "failed"
+        self._status = status
+
+    def _prepare(self) -> None:
+        self.trainer = Trainer(self.run, self.settings)
+        saved = self._choose_start()
+        with self._lock:
+            self._notices += self.trainer.notices()
+            self._notices.append(f"operator: {self.trainer.op}, on {self.trainer.device}")
+        if saved:
+            self.trainer.resume(saved)
+            self._rows = self.run.metrics()
+            self._restore_live(saved)
+        else:
+            self.run.save_settings(self.settings)
+            self.trainer.logs.new_run(self.settings)
+        self._answer(0.0)
+
+    def _choose_start(self) -> Checkpoint | None:
+        """The checkpoint to go on from, or None for a new run, the earlier one's files moved aside."""
+        if self._start_from == "fresh":
+            return self._begin_anew("start='fresh'")
+        saved = load_checkpoint(self.run)
+        if saved is None:
+            if self._start_from == "resume":
+                raise RunError("there is no checkpoint to go on from", where=self.run.folder, fix="use start='auto'")
+            return self._begin_anew("it had no checkpoint")
+        changed = differences(saved, self.settings)
+        if not changed and not saved.finished:
+            self._notices.append(f"resumed after step {saved.step}")
+            return saved
+        reason = "it was finished" if not changed else f"settings changed: {'; '.join(changed)}"
+        if self._start_from == "resume":
+            raise RunError(f"cannot go on from the checkpoint: {reason}", where=self.run.checkpoint_file,
+                           fix="set the settings back, or use start='fresh'")
+        return self._begin_anew(reason)
+
+    def _begin_anew(self, reason: str) -> None:
+        moved = self.run.set_aside()
+        if moved:
+            self._notices.append(f"the earlier run's files are in {moved.name}/ ({reason})")
+
+    def _restore_live(self, saved: Checkpoint) -> None:
+        """Live settings as they were, and on top of them what was changed in settings.json since."""
+        began = config.from_dict(LiveSettings, saved.settings["train"]["live"])
+        asked = {f.name: getattr(self._live, f.name) for f in dataclasses.fields(LiveSettings)
+                 if getattr(self._live, f.name) != getattr(began, f.name)}
+        with self._lock:
+            self._live = saved.live_settings()
+        self.change(**asked)
+
+    def _train(self) -> str:
+        trainer, self._status = self.trainer, "training"
+        last_checkpoint = time.monotonic()
+        while trainer.step < trainer.total_steps:
+            self._hold_while_paused()
+            if self._stop:
+                self._save_adapter(f"step-{trainer.step}")
+                return "stopped"
+            live, began = self._read_live(), time.monotonic()
+            row = trainer.train_step(live)
+            self._seconds.append(time.monotonic() - began)
+            if trainer.step % live.log_every == 0 or trainer.step == trainer.total_steps:
+                self._row(row)
+            if trainer.epoch_ended:
+                trainer.end_epoch(row["lr"])
+            if trainer.save_due:
+                self._save_adapter(trainer.epoch)
+            elif self._save:
+                self._save_adapter(f"step-{trainer.step}")
+            elif time.monotonic() - last_checkpoint >= self.settings.train.checkpoint_seconds:
+                trainer.checkpoint(live).save(self.run)
+                last_checkpoint = time.monotonic()
+        return "finished"
+
+    def _hold_while_paused(self) -> None:
+        if self._go.is_set():
+            return
+        self._status = "paused"
+        while not self._go.wait(0.1):
+            self._read_live()             # so that a change or the pause itself is logged while we hold
+            if self._save:
+                self._save_adapter(f"step-{self.trainer.step}")
+                self._status = "paused"
+        self._status = "training"
+
+    def _read_live(self) -> LiveSettings:
+        """LiveSettings for the next step; events since the last one are written with the steps done so far."""
+        with self._lock:
+            events, self._pending, live = self._pending, [], self._live
+        for event in events:
+            self._row({"step": self.trainer.step, **event})
+        return live
+
+    def _event(self, event: dict) -> None:
+        with self._lock:
+            self._pending.append(event)
+
+    def _row(self, row: dict) -> None:
+        self.trainer.logs.row(row)
+        with self._lock:
+            self._rows.append(row)
+
+    def _save_adapter(self, name: int | str) -> None:
+        self._status, self._save = "saving", False
+        files = self.trainer.save(name)
+        self.trainer.checkpoint(self._read_live()).save(self.run)
+        with self._lock:
+            self._files += [f.name for f in files]
+        self._answer(1.0)
+        self._status = "training"
+
+    def _answer(self, value: float) -> None:
+        """Let base (0) or adapter (1) answer the prompts, on a copy of nothing: the model itself, in eval mode."""
+        if not self.prompts:
+            return
+        trainer = self.trainer
+        trainer.model.eval()
+        with strength(trainer.model, value) if value == 0 else contextlib.nullcontext():
+            answers = generate(trainer.model, trainer.tokenizer, list(self.prompts), max_tokens=self._max_tokens,
+                               op=trainer.op)
+        trainer.model.train()
+        if value == 0:
+            self._base_answers = answers
+            return
+        with self._lock:
+            self._samples += [Sample(trainer.step, *texts)
+                              for texts in zip(self.prompts, self._base_answers, answers, strict=True)]
