@@ -1,0 +1,31 @@
+# The environment: the active virtual or conda environment, else .venv, which the first command makes.
+ENV := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX),$(CURDIR)/.venv)
+PYTHON := "$(ENV)/bin/python"
+NOTEBOOKS := $(notdir $(sort $(wildcard notebooks/*.ipynb)))
+export PYTHONUNBUFFERED := 1
+
+.PHONY: run lab test bench setup setup-test
+
+run: setup             ## run all notebooks in order; the results are in runs/quickstart/
+	@$(PYTHON) -m rwkv_nb.notebook_runner
+
+lab: setup             ## open the notebooks in JupyterLab
+	$(PYTHON) -m jupyterlab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks/00_check.ipynb
+
+# Each notebook runs once, in order, in a copy: they hand on through build/nbval/runs/, and yours stays as it is.
+test: setup-test       ## lint, unit tests, and every notebook against its committed outputs
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m pytest -n 2 --dist loadgroup --durations=15
+	rm -rf build/nbval && mkdir -p build/nbval
+	cp -r notebooks build/nbval/ && ln -s ../../data_samples build/nbval/data_samples
+	cd build/nbval/notebooks && $(PYTHON) -m pytest -c ../../../pyproject.toml --rootdir . --durations=10 \
+		--nbval --nbval-current-env --nbval-sanitize-with ../../../tests/nbval_sanitize.cfg $(NOTEBOOKS)
+
+bench: setup-test      ## measure on this machine; the results are in tests/benchmarks/results/
+	@for file in tests/benchmarks/bench_*.py; do echo "== $$file"; $(PYTHON) $$file || exit 1; done
+
+setup:
+	@bash .ci/setup.sh "$(ENV)"
+
+setup-test:
+	@bash .ci/setup.sh "$(ENV)" test
