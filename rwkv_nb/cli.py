@@ -1,0 +1,158 @@
+"""rwkv-nb: the notebooks' engine from a shell, under the tutorial's names.
+
+Flags are made from the settings' fields (config.py), so that their text is written once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import sys
+import time
+from pathlib import Path
+
+from . import __version__, config
+from .config import Settings
+from .errors import RwkvNbError, SettingsError
+from .runs import Run
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, but a mistyped flag is answered with the nearest right one."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+
+    def error(self, message: str):
+        if message.startswith("unrecognized arguments: "):
+            wrong = message.removeprefix("unrecognized arguments: ").split()[0].split("=")[0]
+            near = difflib.get_close_matches(wrong, self._option_string_actions, 1)
+            raise SettingsError(f"there is no option {wrong}", where=self.prog,
+                                fix=f"did you mean {near[0]}?" if near else f"see {self.prog} --help")
+        raise SettingsError(message, where=self.prog, fix=f"see {self.prog} --help")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, or 1 with the error on stderr."""
+    try:
+        arguments, rest = _parser().parse_known_args(argv)
+        if rest:
+            arguments.parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        return arguments.command(arguments) or 0
+    except RwkvNbError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="rwkv-nb", description="LoRA fine-tuning of RWKV.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="command", parser_class=_Parser)
+
+    train = commands.add_parser("train", help="fine-tune a base model",
+                                description="Fine-tune. With --load_model and --data_file the flags and the defaults "
+                                            "are all there is; without them, proj_dir's settings.json is the start.")
+    for field in config.leaf_fields(Settings()):
+        _add_flag(train, field)
+    train.add_argument("--peft_config", type=_peft_config, help='r, lora_alpha, lora_dropout, target_modules as JSON')
+    train.add_argument("--start", choices=("auto", "resume", "fresh"), default="auto",
+                       help="auto goes on from an unfinished checkpoint of the same settings")
+    train.set_defaults(command=_train, parser=train)
+
+    merge = commands.add_parser("merge", help="put an adapter into its base: a whole model")
+    merge.add_argument("--load_model", required=True, help="the base model, a .pth file")
+    merge.add_argument("--adapter", required=True, help="adapter-*.safetensors, or a run's folder for its last one")
+    merge.add_argument("--output", required=True, help="the merged .pth to write")
+    merge.add_argument("--strength", type=float, default=1.0, help="share of the adapter, 0 to 1.5")
+    merge.set_defaults(command=_merge, parser=merge)
+
+    run = commands.add_parser("run", help="run all notebooks in order on the quickstart")
+    run.add_argument("--notebooks", default="notebooks", help="folder of the notebooks")
+    run.set_defaults(command=_run, parser=run)
+    return parser
+
+
+def _add_flag(parser, field) -> None:
+    text, default = field.metadata, field.default
+    kind = {"type": type(default)} if not isinstance(default, tuple) else {"nargs": "+"}
+    unit = f" [{text['unit']}]" if text["unit"] else ""
+    parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, choices=text["choices"] or None,
+                        metavar=None if text["choices"] else field.name.upper(),
+                        help=f"{text['en']}{unit} (default: {default})".replace("%", "%%"), **kind)
+
+
+def _peft_config(text: str) -> dict:
+    known = {f.name for f in config.leaf_fields(config.LoraSettings())}
+    try:
+        values = json.loads(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"not JSON: {text!r}; quote it: '{{\"r\":32,\"lora_alpha\":64}}'") from None
+    if not isinstance(values, dict) or set(values) - known:
+        raise argparse.ArgumentTypeError(f"known keys: {', '.join(sorted(known))}")
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+
+
+def settings_from(flags: dict) -> tuple[Run, Settings]:
+    """The run and its settings from parsed flags. Raises SettingsError where proj_dir is missing."""
+    if not flags.get("proj_dir"):
+        raise SettingsError("proj_dir is not given", where="--proj_dir", fix="name a folder for the run's files")
+    run = Run(flags["proj_dir"])
+    whole = {"load_model", "data_file"} <= set(flags)
+    return run, config.replace(Settings() if whole else run.settings(), **flags)
+
+
+def _train(arguments) -> int:
+    from .train.session import TrainSession
+
+    known = config.field_names(Settings())
+    flags = {name: tuple(value) if isinstance(value, list) else value
+             for name, value in vars(arguments).items() if name in known} | (arguments.peft_config or {})
+    run, settings = settings_from(flags)
+    session = TrainSession(run, settings, start=arguments.start).start()
+    shown, said = 0.0, 0
+    try:
+        while not (now := session.snapshot()).done:
+            said = _say(now, said)
+            if now.rows and time.monotonic() - shown > (1 if sys.stderr.isatty() else 10):
+                shown = time.monotonic()
+                print(_progress(now), end="\r" if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)
+            time.sleep(0.2)
+    except KeyboardInterrupt:
+        print("\nstopping: saving what there is …", file=sys.stderr)
+        session.stop()
+    end = session.join()
+    _say(end, said)
+    print(f"{_progress(end)}\n{end.status}; the run is in {run.folder}")
+    return 0
+
+
+def _say(now, said: int) -> int:
+    for notice in now.notices[said:]:
+        print(notice, file=sys.stderr)
+    return len(now.notices)
+
+
+def _progress(now) -> str:
+    steps = [row for row in now.rows if "loss" in row]
+    if not steps:
+        return now.status
+    left = "" if now.seconds_left is None else f" · {now.seconds_left:.0f} s left"
+    last = steps[-1]
+    return (f"step {now.step}/{now.total_steps} · loss {last['loss']:.4f} · lr {last['lr']:.2e} · "
+            f"{last['tokens_per_s']:.0f} tokens/s{left}  ")
+
+
+def _merge(arguments) -> int:
+    from .lora.merge import merge
+
+    adapter = Path(arguments.adapter)
+    adapter = Run(adapter).last_adapter() if adapter.is_dir() else adapter
+    print(merge(arguments.load_model, adapter, arguments.output, strength=arguments.strength))
+    return 0
+
+
+def _run(arguments) -> int:
+    from .notebook_runner import run_notebooks
+
+    return run_notebooks(arguments.notebooks)
