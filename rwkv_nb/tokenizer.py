@@ -1,0 +1,135 @@
+"""Two vocabularies with one face: RWKV's World vocabulary and its single bytes alone.
+
+Both turn text into ids by way of UTF-8 bytes, and id 0, which closes a document, stands for no text.
+The byte vocabulary uses World's own ids for single bytes (byte b is id b + 1), so a tiny model
+with 257 rows reads the same ids as a large one would.
+"""
+
+from __future__ import annotations
+
+import ast
+import codecs
+from collections.abc import Iterable
+from functools import cached_property
+
+import numpy as np
+
+from .errors import SettingsError
+
+
+class _Tokenizer:
+    """What both vocabularies share: everything that follows from the bytes of each id."""
+
+    name: str
+    vocab_size: int
+
+    @cached_property
+    def table(self) -> list[bytes]:
+        """The bytes of every id, vocab_size entries; b"" for 0 and for ids that are not used."""
+        raise NotImplementedError
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """How many bytes each id stands for: uint8 [vocab_size]."""
+        return np.array([len(token) for token in self.table], dtype=np.uint8)
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes of one id; they may be part of a character only."""
+        return self.table[token]
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """Text of ids; bytes that are not UTF-8 become U+FFFD. Never raises for ids below vocab_size."""
+        return b"".join([self.table[t] for t in tokens]).decode("utf-8", errors="replace")
+
+    def streamer(self) -> Streamer:
+        """A decoder for ids that arrive one at a time."""
+        return Streamer(self)
+
+
+class Streamer:
+    """Decodes ids as they come and holds back the first bytes of a character that is not complete."""
+
+    def __init__(self, tokenizer: _Tokenizer):
+        self._table = tokenizer.table
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token: int) -> str:
+        """The text that this id completes; "" while a character is still open."""
+        return self._decoder.decode(self._table[token])
+
+    def finish(self) -> str:
+        """What was held back, as U+FFFD; "" as a rule."""
+        return self._decoder.decode(b"", final=True)
+
+
+class WorldTokenizer(_Tokenizer):
+    """RWKV's World vocabulary (ids 1..65529; models have 65536 rows), encoded by `pyrwkv-tokenizer`."""
+
+    name, vocab_size = "world", 65536
+
+    def __init__(self):
+        from pyrwkv_tokenizer import RWKVTokenizer  # a third of a second to load: only where it is used
+
+        self._encoder = RWKVTokenizer()
+
+    @cached_property
+    def table(self) -> list[bytes]:
+        # The package's own decode panics on ids that are not in the vocabulary and on half a character,
+        # and its get_vocab() leaves out tokens that are not UTF-8. The file it ships has them all:
+        # one `id literal length` a line.
+        table = [b""] * self.vocab_size
+        with open(self._encoder.vocab_filepath, encoding="utf-8") as file:
+            for line in file:
+                first, last = line.index(" "), line.rindex(" ")
+                token = ast.literal_eval(line[first + 1:last])
+                table[int(line[:first])] = token.encode() if isinstance(token, str) else token
+        return table
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without a closing 0."""
+        return self._encoder.encode(text)
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Ids of many texts at once, on all cores."""
+        return self._encoder.encode_batch(texts)
+
+
+class ByteTokenizer(_Tokenizer):
+    """Single bytes under World's ids: byte b is id b + 1, id 0 closes a document. 257 rows."""
+
+    name, vocab_size = "byte", 257
+
+    @cached_property
+    def table(self) -> list[bytes]:
+        return [b""] + [bytes([b]) for b in range(256)]
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without a closing 0."""
+        return [b + 1 for b in text.encode("utf-8")]
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Ids of many texts."""
+        return [self.encode(text) for text in texts]
+
+
+def get_tokenizer(name: str = "auto", vocab_size: int | None = None) -> WorldTokenizer | ByteTokenizer:
+    """The tokenizer called "world" or "byte", or with "auto" the one that a model's vocab_size rows ask for.
+
+    Raises SettingsError for an unknown name, for a model that has too few rows for the vocabulary,
+    and where "auto" cannot tell.
+    """
+    if name not in ("auto", "world", "byte"):
+        raise SettingsError(f"there is no tokenizer {name!r}", where="tokenizer", fix="use auto, world or byte")
+    if name == "auto":
+        if vocab_size is None:
+            raise SettingsError("tokenizer is 'auto', but there is no model yet to pick it from", where="tokenizer",
+                                fix="say world (released models) or byte (tiny models of 257 rows)")
+        if vocab_size != ByteTokenizer.vocab_size and vocab_size < 65530:
+            raise SettingsError(f"a model of {vocab_size} rows is neither a World model (65536) nor a byte model (257)",
+                                where="tokenizer", fix="use a base with one of these vocabularies")
+        name = "byte" if vocab_size == ByteTokenizer.vocab_size else "world"
+    needed = 65530 if name == "world" else ByteTokenizer.vocab_size
+    if vocab_size is not None and vocab_size < needed:
+        raise SettingsError(f"the model has {vocab_size} rows, the {name} vocabulary needs {needed}",
+                            where="tokenizer", fix="set tokenizer to auto")
+    return WorldTokenizer() if name == "world" else ByteTokenizer()
