@@ -1,0 +1,193 @@
+"""LoRA: a frozen linear W with a narrow trained path beside it.
+
+    x ──┬─────────── W [out,in], frozen ─────────────┬── y
+        │                                            │
+        └─ dropout ─ A [R,in] ─ B [out,R] ─ · α/R ───┘      B starts at 0, so training starts at the base
+
+Source: Hu et al. 2021, arXiv 2106.09685; initial values as in Hugging Face peft. Axes: M rows (B·T), R rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import LoraSettings
+from ..errors import SettingsError
+
+
+@dataclass
+class DropoutClock:
+    """What dropout masks follow from, shared by all layers of a model: no random state to save or restore."""
+
+    seed: int = 0
+    step: int = 0
+    micro: int = 0
+
+    def mask_seed(self, layer: int) -> int:
+        """A seed for one layer's mask in one micro-batch."""
+        text = f"{self.seed} {self.step} {self.micro} {layer}"
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little")
+
+
+class LoraLinear(nn.Linear):
+    """y = W x + strength · α/R · B A dropout(x); `.weight` stays the base's own, under the checkpoint's key.
+
+    lora_A [R,in] and lora_B [out,R] are fp32 whatever the base's dtype; x and y are [..., in] and [..., out] in the
+    base's dtype. dropout and strength may change at any time; strength 0 is the base exactly.
+    """
+
+    def __init__(self, base: nn.Linear, r: int, alpha: float, dropout: float, generator: torch.Generator,
+                 clock: DropoutClock, index: int):
+        super().__init__(base.in_features, base.out_features, bias=False, device="meta")
+        self.weight, self.bias, device = base.weight, base.bias, base.weight.device
+        A = nn.init.kaiming_uniform_(torch.empty(r, self.in_features), a=math.sqrt(5), generator=generator)
+        self.lora_A = nn.Parameter(A.to(device))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, device=device))
+        self.r, self.alpha, self.dropout, self.strength = r, alpha, dropout, 1.0
+        self.clock, self.index = clock, index
+        self.training = base.training
+
+    @property
+    def scale(self) -> float:
+        """α/R"""
+        return self.alpha / self.r
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.strength == 0:
+            return F.linear(x, self.weight, self.bias)
+        p = self.dropout if self.training else 0.0
+        seed = self.clock.mask_seed(self.index) if p else 0
+        return _LoraProduct.apply(x, self.weight, self.bias, self.lora_A, self.lora_B, self.scale * self.strength,
+                                  p, seed)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, r={self.r}, alpha={self.alpha:g}, dropout={self.dropout:g}"
+
+
+class _LoraProduct(torch.autograd.Function):
+    """Both paths in one node: the narrow path is added into the wide product in place, both ways, and backward keeps
+    only dropout(x) and the [M,R] middle. Autograd's own graph would write and read each [M,out] tensor once more."""
+
+    @staticmethod
+    def forward(ctx, x, W, bias, A, B, scale, p, seed):
+        rows = x.reshape(-1, x.shape[-1])                           # [M,in]
+        kept = _zero_dropped(rows.clone(), p, seed) if p else rows
+        scale = scale / (1 - p)
+        middle = kept @ A.to(x.dtype).t()                           # [M,R]
+        y = F.linear(rows, W, bias).addmm_(middle, B.to(x.dtype).t(), alpha=scale)
+        ctx.save_for_backward(kept, middle, W, A, B)
+        ctx.scale, ctx.p, ctx.seed, ctx.shape = scale, p, seed, x.shape
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        kept, middle, W, A, B = ctx.saved_tensors
+        need_x, _, _, need_A, need_B = ctx.needs_input_grad[:5]
+        dy = dy.reshape(-1, dy.shape[-1])                           # [M,out]
+        d_middle = dy @ (B * ctx.scale).to(dy.dtype)                # [M,R]
+        dx = dA = dB = None
+        if need_x:
+            dx = d_middle @ A.to(dy.dtype)
+            if ctx.p:
+                dx = _zero_dropped(dx, ctx.p, ctx.seed)
+            dx = dx.addmm_(dy, W).view(ctx.shape)
+        if need_A:
+            dA = (d_middle.t() @ kept).to(A.dtype)
+        if need_B:
+            dB = (dy.t() @ middle).to(B.dtype).mul_(ctx.scale)
+        return dx, None, None, dA, dB, None, None, None
+
+
+def _zero_dropped(x: Tensor, p: float, seed: int) -> Tensor:
+    """x with each element set to 0 with probability p, in place; the same seed hits the same elements.
+
+    The gaps between hits are drawn (geometric), not one number an element: at p = 0.01 a 25th of the work.
+    """
+    n = x.numel()
+    generator = torch.Generator(x.device).manual_seed(seed)
+    enough = int(n * p + 8 * math.sqrt(n * p) + 16)  # hits: mean np, and eight standard deviations to be sure
+    gaps = torch.empty(enough, dtype=torch.int64, device=x.device).geometric_(p, generator=generator)
+    hits, flat = gaps.cumsum_(0).sub_(1), x.view(-1)
+    # hits beyond the end are moved onto the last element, which then gets back what it is due: cutting them off
+    # would make a GPU wait for the CPU to learn how many they are
+    last = flat[-1] * (hits != n - 1).all()
+    flat.index_fill_(0, hits.clamp_(max=n - 1), 0)[-1] = last
+    return x
+
+
+def attach(model: nn.Module, lora: LoraSettings, seed: int) -> list[str]:
+    """Give every linear whose name ends with one of lora.target_modules an adapter, in place; freeze all the rest.
+
+    Works on any device, meta too (to count parameters). Returns the linears' full names, in the model's order.
+    Raises SettingsError for a target that matches nothing (with the nearest names) and for a second attach.
+    """
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    names = _matching(lora.target_modules, linears)
+    if lora_layers(model):
+        raise SettingsError("this model has an adapter already", where="attach", fix="load the base anew")
+    model.requires_grad_(False)
+    generator, clock = torch.Generator().manual_seed(seed), DropoutClock(seed)
+    for index, name in enumerate(names):
+        parent, _, child = name.rpartition(".")
+        layer = LoraLinear(linears[name], lora.r, lora.lora_alpha, lora.lora_dropout, generator, clock, index)
+        setattr(model.get_submodule(parent), child, layer)
+    return names
+
+
+def _matching(targets: tuple[str, ...], linears: dict[str, nn.Linear]) -> list[str]:
+    def fits(name: str, target: str) -> bool:
+        return name == target or name.endswith(f".{target}")
+
+    ends = list(dict.fromkeys(".".join(name.split(".")[-2:]) for name in linears))
+    for target in targets:
+        if not any(fits(name, target) for name in linears):
+            near = difflib.get_close_matches(target, [*ends, *linears], 2, 0.4)
+            raise SettingsError(f"no linear layer's name ends with {target!r}", where="target_modules",
+                                fix=(f"did you mean {' or '.join(near)}? " if near else "")
+                                + f"linear layers here: {', '.join(ends) or 'none'}")
+    return [name for name in linears if any(fits(name, target) for target in targets)]
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
+    """Layers with an adapter, by full name, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
+
+
+def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """lora_A and lora_B of every layer, in the model's order: all that is trained."""
+    for layer in lora_layers(model).values():
+        yield from (layer.lora_A, layer.lora_B)
+
+
+def set_dropout_step(model: nn.Module, seed: int, step: int, micro: int) -> None:
+    """Choose the dropout masks of the next forward. The same three numbers bring the same masks back."""
+    for layer in lora_layers(model).values():
+        layer.clock.seed, layer.clock.step, layer.clock.micro = seed, step, micro
+
+
+def set_strength(model: nn.Module, value: float) -> None:
+    """Multiply the adapter's part of every layer by `value`: 0 is the base, 1 as trained."""
+    for layer in lora_layers(model).values():
+        layer.strength = float(value)
+
+
+@contextlib.contextmanager
+def strength(model: nn.Module, value: float) -> Iterator[nn.Module]:
+    """set_strength for a while: `with strength(model, 0): …`"""
+    before = {layer: layer.strength for layer in lora_layers(model).values()}
+    set_strength(model, value)
+    try:
+        yield model
+    finally:
+        for layer, old in before.items():
+            layer.strength = old
