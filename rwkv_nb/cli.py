@@ -156,3 +156,7 @@ def _run(arguments) -> int:
     from .notebook_runner import run_notebooks
 
     return run_notebooks(arguments.notebooks)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,36 @@
+"""A tiny random base and a few chat documents: real files, made on the spot."""
+
+import json
+import random
+
+import pytest
+
+from rwkv_nb.config import Settings, replace
+from rwkv_nb.model import RWKV7, Shape, init_weights, save_weights
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """Path of a random byte-vocabulary model: two blocks, 64 channels."""
+    path = tmp_path_factory.mktemp("base") / "base.pth"
+    save_weights(path, init_weights(RWKV7(Shape(2, 64, 257, 16, 16, 16, 16, 128)), seed=1).state_dict())
+    return path
+
+
+@pytest.fixture(scope="session")
+def chats(tmp_path_factory):
+    """Path of a jsonl with 30 short chat documents of different lengths."""
+    words = ["red", "green", "blue", "black", "white"]
+    rng = random.Random(0)
+    path = tmp_path_factory.mktemp("data") / "chats.jsonl"
+    lines = [f"User: {' '.join(rng.choices(words, k=rng.randint(1, 5)))}\n\nAssistant: {rng.choice(words)}"
+             for _ in range(30)]
+    path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture
+def settings(base, chats):
+    """Settings of a run of a few seconds; change them with config.replace."""
+    return replace(Settings(), load_model=str(base), data_file=str(chats), ctx_len=64, r=4, lora_alpha=8.0,
+                   lora_dropout=0.1, micro_bsz=4, epoch_count=3, warmup_steps=2, lr_init=1e-3, merge=0)

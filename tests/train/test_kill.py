@@ -1,0 +1,53 @@
+"""kill -9 at any moment, resume, and nobody can tell from losses and logs."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from rwkv_nb.config import replace
+from rwkv_nb.runs import Run
+
+from .test_session import steps, train
+
+SECONDS = 120
+
+
+def command(run, settings):
+    flags = {"load_model": settings.train.load_model, "data_file": settings.data.data_file, "proj_dir": run,
+             "ctx_len": 64, "r": 4, "lora_alpha": 8.0, "lora_dropout": 0.1, "micro_bsz": 4, "epoch_count": 30,
+             "warmup_steps": 2, "lr_init": 1e-3, "merge": 0, "checkpoint_seconds": 0.05}
+    return [sys.executable, "-m", "rwkv_nb.cli", "train", *(str(x) for k, v in flags.items() for x in (f"--{k}", v))]
+
+
+def kill_after(run, settings, rows):
+    """Train in another process and kill it without a word once that many rows are written."""
+    process = subprocess.Popen(command(run.folder, settings), stderr=subprocess.PIPE)
+    end = time.monotonic() + SECONDS
+    while process.poll() is None and len(run.metrics()) < rows:
+        assert time.monotonic() < end, process.stderr.read()
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stderr.close()
+
+
+@pytest.mark.parametrize("kills", [2])
+def test_killed_and_resumed_equals_never_killed(tmp_path, settings, kills):
+    settings = replace(settings, epoch_count=30, checkpoint_seconds=0.05)
+    whole = train(tmp_path / "whole", settings)
+    run = Run(tmp_path / "killed")
+    for kill in range(kills):
+        kill_after(run, settings, rows=random.randint(20, 60) + 60 * kill)
+    assert 0 < len(run.metrics()) < len(whole.rows)
+    subprocess.run(command(run.folder, settings), check=True, timeout=SECONDS, capture_output=True)
+    assert steps(run.metrics()) == steps(whole.rows)
+
+    def epochs(log):
+        return [line.split()[:4] for line in log.read_text().splitlines() if line[:1].isdigit()]
+
+    assert epochs(run.log_file) == epochs(Run(tmp_path / "whole").log_file)

@@ -1,0 +1,71 @@
+"""The one loss against its plain definition, and its independence of how a step is cut up."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from rwkv_nb.train.loss import head_loss
+
+
+def plain_loss(hidden, head, targets, mask, n_trained):
+    """The definition, with all logits at once."""
+    logits = head(hidden[mask]).float()
+    ce = F.cross_entropy(logits, targets[mask], reduction="sum")
+    return (ce + 0.5e-4 * logits.max(-1).values.square().sum()) / n_trained, ce
+
+
+def example(B=3, T=17, C=24, V=61, dtype=torch.float32, share=0.6):
+    hidden = torch.randn(B, T, C, dtype=dtype).requires_grad_()
+    head = torch.nn.Linear(C, V, bias=False, dtype=dtype).requires_grad_(False)
+    head.weight.mul_(10)  # large logits, so that the max-logit term counts
+    return hidden, head, torch.randint(0, V, (B, T)), torch.rand(B, T) < share
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 256])
+def test_equals_the_plain_computation(chunk):
+    hidden, head, targets, mask = example()
+    n = int(mask.sum())
+    loss, ce = head_loss(hidden, head, targets, mask, n, chunk=chunk)
+    (grad,) = torch.autograd.grad(3 * loss, hidden)
+    expected, expected_ce = plain_loss(hidden, head, targets, mask, n)
+    (expected_grad,) = torch.autograd.grad(3 * expected, hidden)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(ce, expected_ce, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-5, atol=1e-7)
+
+
+def test_a_trained_head_gets_its_gradient():
+    hidden, head, targets, mask = example()
+    head.weight.requires_grad_()
+    n = int(mask.sum())
+    got = torch.autograd.grad(head_loss(hidden, head, targets, mask, n, chunk=7)[0], [hidden, head.weight])
+    expected = torch.autograd.grad(plain_loss(hidden, head, targets, mask, n)[0], [hidden, head.weight])
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_micro_batches_add_up_to_one_large_batch():
+    hidden, head, targets, mask = example(B=4)
+    n = int(mask.sum())
+    whole = torch.autograd.grad(head_loss(hidden, head, targets, mask, n)[0], hidden)[0]
+    parts = [head_loss(hidden[i:i + 1], head, targets[i:i + 1], mask[i:i + 1], n)[0] for i in range(4)]
+    torch.testing.assert_close(torch.autograd.grad(sum(parts), hidden)[0], whole, rtol=1e-5, atol=1e-8)
+
+
+def test_no_trained_token_gives_zero_and_no_gradient():
+    hidden, head, targets, mask = example(share=0.0)
+    loss, ce = head_loss(hidden, head, targets, mask, 0)
+    loss.backward()
+    assert loss == 0 and ce == 0
+    assert torch.equal(hidden.grad, torch.zeros_like(hidden))
+
+
+def test_works_without_gradients_and_in_bf16():
+    hidden, head, targets, mask = example(dtype=torch.bfloat16)
+    n = int(mask.sum())
+    with torch.no_grad():
+        loss, _ = head_loss(hidden, head, targets, mask, n)
+    expected, _ = plain_loss(hidden, head, targets, mask, n)
+    assert not loss.requires_grad
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)

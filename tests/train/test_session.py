@@ -1,0 +1,186 @@
+"""TrainSession as a person uses it: start, change, pause, stop, resume, and what it leaves behind."""
+
+import asyncio
+import json
+import time
+
+import pytest
+import torch
+
+from rwkv_nb.config import LiveSettings, replace
+from rwkv_nb.errors import RunError, SettingsError, TrainingError
+from rwkv_nb.lora.adapter import load_adapter
+from rwkv_nb.model import load_model, load_weights
+from rwkv_nb.runs import Run
+from rwkv_nb.train.schedule import learning_rate
+from rwkv_nb.train.session import TrainSession
+
+TIMING = ("tokens_per_s", "peak_memory_mb")
+
+
+def train(run, settings, **options):
+    return TrainSession(Run(run), settings, **options).start().join()
+
+
+def steps(rows):
+    """Rows of steps, without what the clock decides."""
+    return [{k: v for k, v in row.items() if k not in TIMING} for row in rows if "loss" in row]
+
+
+def until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.01)
+
+
+def test_a_run_leaves_logs_adapters_and_a_merged_model(tmp_path, settings, base):
+    end = train(tmp_path, replace(settings, merge=1, epoch_save=2, epoch_count=3), prompts=["User: red"])
+    assert end.status == "finished"
+    assert end.step == end.total_steps == 3 * 8
+    run = Run(tmp_path)
+    assert [p.name for p in run.adapters()] == ["adapter-2.safetensors", "adapter-3.safetensors"]
+    assert steps(run.metrics()) == steps(end.rows)
+    assert {"step", "epoch", "loss", "lr", "grad_norm", "tokens", *TIMING} <= set(end.rows[0])
+    log = run.log_file.read_text().splitlines()
+    assert log[0].startswith("NEW RUN ")
+    assert [line.split()[0] for line in log[-3:]] == ["1", "2", "3"]
+    assert len(end.samples) == 2
+    assert load_weights(run.merged_file(3)).keys() == load_weights(base).keys()
+
+
+def test_training_reduces_the_loss_and_leaves_the_base_alone(tmp_path, settings):
+    session = TrainSession(Run(tmp_path), replace(settings, epoch_count=12, lr_init=3e-3)).start()
+    rows = steps(session.join().rows)
+    assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
+    before, after = load_model(settings.train.load_model).state_dict(), session.trainer.model.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path, settings):
+    one, two = (train(tmp_path / name, settings) for name in "ab")
+    other = train(tmp_path / "c", replace(settings, random_seed=7))
+    assert steps(one.rows) == steps(two.rows) != steps(other.rows)
+
+
+def test_accumulation_equals_a_larger_batch(tmp_path, settings):
+    plain = replace(settings, lora_dropout=0.0)
+    whole = train(tmp_path / "whole", plain)
+    cut = train(tmp_path / "cut", replace(plain, micro_bsz=1, accumulate_grad_batches=4))
+    for a, b in zip(steps(whole.rows), steps(cut.rows), strict=True):
+        assert a["tokens"] == b["tokens"]
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path, settings):
+    off, on = (train(tmp_path / str(cp), replace(settings, grad_cp=cp)) for cp in (0, 1))
+    for a, b in zip(steps(off.rows), steps(on.rows), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+
+
+def test_bf16_learns_too(tmp_path, settings):
+    fast = replace(settings, epoch_count=12, lr_init=3e-3)
+    fp32, bf16 = (steps(train(tmp_path / p, replace(fast, precision=p)).rows) for p in ("fp32", "bf16"))
+    assert bf16[-1]["loss"] == pytest.approx(fp32[-1]["loss"], rel=0.05)
+
+
+def test_changes_pause_and_save_are_recorded_with_their_step(tmp_path, settings):
+    session = TrainSession(Run(tmp_path), replace(settings, epoch_count=40)).start()
+    until(lambda: session.snapshot().step >= 3)
+    session.pause()
+    until(lambda: session.snapshot().status == "paused")
+    held = session.snapshot().step
+    session.change(lr_init=5e-4, grad_clip=0.5)
+    session.save_now()
+    until(lambda: session.snapshot().files)
+    assert session.snapshot().step == held
+    assert session.snapshot().files == (f"adapter-step-{held}.safetensors",)
+    session.resume()
+    until(lambda: session.snapshot().step > held + 12)
+    session.stop()
+    end = session.join()
+    assert end.status == "stopped"
+    events = [(row["event"], row["step"]) for row in Run(tmp_path).metrics() if "event" in row]
+    assert events[:4] == [("pause", held), ("change", held), ("change", held), ("resume", held)]
+    after = next(row for row in end.rows if "loss" in row and row["step"] == held + 1)
+    live = LiveSettings(lr_init=5e-4, lr_final=settings.train.live.lr_final)
+    assert after["lr"] == learning_rate(held, end.total_steps, 2, live)
+
+
+def test_a_stopped_run_resumes_to_the_same_end(tmp_path, settings):
+    whole = train(tmp_path / "whole", settings)
+    session = TrainSession(Run(tmp_path / "cut"), settings).start()
+    until(lambda: session.snapshot().step >= 5)
+    session.stop()
+    session.join()
+    resumed = train(tmp_path / "cut", settings, start="resume")
+    assert resumed.status == "finished"
+    assert steps(resumed.rows) == steps(whole.rows) == steps(Run(tmp_path / "cut").metrics())
+    a, b = (load_adapter(Run(tmp_path / name).last_adapter()).tensors for name in ("whole", "cut"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_finished_run_is_moved_aside_not_overwritten(tmp_path, settings):
+    train(tmp_path, replace(settings, epoch_count=1))
+    before = Run(tmp_path).metrics_file.read_text()
+    end = train(tmp_path, replace(settings, epoch_count=1, r=2))
+    assert any("previous-1" in notice for notice in end.notices)
+    assert (tmp_path / "previous-1" / "metrics.jsonl").read_text() == before
+    assert load_adapter(Run(tmp_path).last_adapter()).meta["r"] == 2
+
+
+def test_resume_refuses_other_settings_by_name(tmp_path, settings):
+    session = TrainSession(Run(tmp_path), settings).start()
+    until(lambda: session.snapshot().step >= 2)
+    session.stop()
+    session.join()
+    with pytest.raises(RunError, match="r: 4 → 8"):
+        train(tmp_path, replace(settings, r=8), start="resume")
+
+
+def test_a_second_run_on_the_same_folder_is_refused(tmp_path, settings):
+    first = TrainSession(Run(tmp_path), replace(settings, epoch_count=100)).start()
+    until(lambda: first.snapshot().step >= 1)
+    with pytest.raises(RunError, match="another training run"):
+        train(tmp_path, settings)
+    first.stop()
+    assert first.join().status == "stopped"
+
+
+def test_a_loss_that_is_not_a_number_stops_and_keeps_the_checkpoint(tmp_path, settings):
+    session = TrainSession(Run(tmp_path), replace(settings, epoch_count=50, checkpoint_seconds=0)).start()
+    until(lambda: session.snapshot().step >= 3)
+    session.change(lr_init=1e30)
+    with pytest.raises(TrainingError, match="not a number"):
+        session.join()
+    assert session.snapshot().status == "failed"
+    saved = torch.load(Run(tmp_path).checkpoint_file, weights_only=True)
+    assert all(torch.isfinite(t).all() for t in saved["adapter"].values())
+
+
+def test_wait_leaves_the_event_loop_free(tmp_path, settings):
+    async def both():
+        ticks = 0
+        session = TrainSession(Run(tmp_path), settings).start()
+        waiting = asyncio.ensure_future(session.wait())
+        while not waiting.done():
+            await asyncio.sleep(0.01)
+            ticks += 1
+        return ticks, await waiting
+
+    ticks, end = asyncio.run(both())
+    assert end.status == "finished"
+    assert ticks > 5
+
+
+@pytest.mark.parametrize("changes, said", [
+    ({"load_model": ""}, "load_model is not given"), ({"data_file": ""}, "data_file is not given")])
+def test_what_is_not_given_is_named(tmp_path, settings, changes, said):
+    with pytest.raises(SettingsError, match=said):
+        train(tmp_path, replace(settings, **changes))
+
+
+def test_settings_are_written_with_the_run(tmp_path, settings):
+    train(tmp_path, replace(settings, epoch_count=1))
+    assert json.loads((tmp_path / "settings.json").read_text())["lora"]["r"] == 4
