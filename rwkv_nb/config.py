@@ -31,7 +31,7 @@ class DataSettings:
                              "数据格式;auto 为自动识别", choices=("auto", "jsonl", "binidx"))
     tokenizer: str = _option("auto", "vocabulary; auto picks it from the model's number of rows",
                              "词表;auto 根据模型词表大小选择", choices=("auto", "world", "byte"))
-    template: str = _option("chat", "how documents are read: chat trains the assistant's turns, plain trains everything",
+    template: str = _option("chat", "how documents are read: chat trains the assistant's turns, plain all of it",
                             "文档模板:chat 只训练助手回答,plain 训练全部文字", choices=("chat", "plain"))
     ctx_len: int = _option(512, "longest piece of a document seen at once; longer documents are split",
                            "上下文长度;更长的文档会被切分", unit="tokens", low=2)

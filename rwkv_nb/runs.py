@@ -135,8 +135,8 @@ class Run:
 
     def set_aside(self) -> Path | None:
         """Move what an earlier run left to previous-N/; settings.json stays. Returns that folder, or None."""
-        products = [self.metrics_file, self.log_file, self.checkpoint_file, *self.adapters(),
-                    *self.folder.glob("rwkv-*.pth"), *(self.folder / f for f in ("merged.pth", "score.json", "loss.png"))]
+        named = ("metrics.jsonl", "train_log.txt", "checkpoint.pt", "merged.pth", "score.json", "loss.png")
+        products = [*self.adapters(), *self.folder.glob("rwkv-*.pth"), *(self.folder / name for name in named)]
         products = [p for p in products if p.exists()]
         if not products:
             return None

@@ -10,6 +10,7 @@ import math
 import resource
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -31,6 +32,8 @@ from .loss import head_loss
 from .schedule import learning_rate
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_NOT_A_NUMBER = ("the last checkpoint is good: resume with a lower lr_init or a smaller grad_clip; "
+                 "with precision bf16, try fp32")
 
 
 def pick_device(accelerator: str) -> torch.device:
@@ -69,6 +72,7 @@ class Trainer:
             self.documents, ctx_len=settings.data.ctx_len, micro_bsz=t.micro_bsz,
             accumulate=t.accumulate_grad_batches, seed=t.random_seed, epoch_steps=t.epoch_steps, device=self.device)
         self.logs, self.step, self.epoch_loss = Logs(run), 0, [0.0, 0]
+        self._position = self.batches.state()  # of the last completed step, also while one is under way
         self.total_steps = t.epoch_count * self.batches.steps_per_epoch
 
     @property
@@ -102,10 +106,11 @@ class Trainer:
                 + f" need {need / 1e9:.2f} GB; {free / 1e9:.1f} GB are free")
         return f"WARNING {text}: save less often (epoch_save) or set merge to 0" if need > free else text
 
-    def train_step(self, live: LiveSettings) -> dict:
+    def train_step(self, live: LiveSettings, before_update: Callable[[], None] = lambda: None) -> dict:
         """One optimizer step under `live`; returns its row of metrics.
 
-        Raises TrainingError, with the adapter as it was before the step, when loss or gradient is not a number.
+        before_update is called once the loss has shown that the adapter is sound, and before it changes: the moment
+        for a checkpoint. Raises TrainingError, with nothing changed, when loss or gradient is not a number.
         """
         began, t = time.perf_counter(), self.settings.train
         micro_batches = self.batches.next_step()
@@ -122,14 +127,13 @@ class Trainer:
         if not (math.isfinite(ce_sum) and math.isfinite(norm)):
             self.optimizer.zero_grad()
             raise TrainingError(f"loss {ce_sum / max(n_trained, 1)}, gradient norm {norm}: not a number",
-                                where=f"step {self.step + 1}",
-                                fix="the last checkpoint is good: resume with a lower lr_init or a smaller grad_clip"
-                                    + ("" if t.precision == "fp32" else ", or with precision fp32"))
+                                where=f"step {self.step + 1}", fix=_NOT_A_NUMBER)
+        before_update()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.step += 1
+        self.step, self._position = self.step + 1, self.batches.state()
         self.epoch_loss = [self.epoch_loss[0] + ce_sum, self.epoch_loss[1] + n_trained]
         tokens = sum(batch.inputs.numel() for batch in micro_batches)
         return {"step": self.step, "epoch": round(self.step / self.batches.steps_per_epoch, 4),
@@ -153,6 +157,9 @@ class Trainer:
     def save(self, name: int | str) -> list[Path]:
         """Save adapter-{name}.safetensors and, at an epoch's end with merge=1, rwkv-{name}.pth. Returns the files."""
         s, adapter = self.settings, self.run.adapter_file(name)
+        if not all(bool(p.isfinite().all()) for p in self.parameters):
+            raise TrainingError("the adapter holds values that are not numbers, and was not saved",
+                                where=f"step {self.step}", fix=_NOT_A_NUMBER)
         save_adapter(adapter, self.model, s.lora, base_path=s.train.load_model, base_fingerprint=self.base,
                      template=s.data.template, tokenizer=self.tokenizer.name, epoch=self.epoch, step=self.step)
         if not (s.train.merge and isinstance(name, int)):
@@ -168,7 +175,7 @@ class Trainer:
         """All that resume() needs."""
         return Checkpoint(
             step=self.step, adapter=self.adapter_tensors(), optimizer=self.optimizer.state_dict(),
-            data=self.batches.state(), epoch_loss=list(self.epoch_loss), live=dataclasses.asdict(live),
+            data=self._position, epoch_loss=list(self.epoch_loss), live=dataclasses.asdict(live),
             settings=dataclasses.asdict(self.settings), base=self.base, log_sizes=self.logs.sizes(),
             finished=self.step >= self.total_steps)
 
@@ -180,5 +187,5 @@ class Trainer:
         self.model.load_state_dict(saved.adapter, strict=False)
         self.optimizer.load_state_dict(saved.optimizer)
         self.batches.load(saved.data)
-        self.step, self.epoch_loss = saved.step, list(saved.epoch_loss)
+        self.step, self.epoch_loss, self._position = saved.step, list(saved.epoch_loss), saved.data
         self.logs.cut(saved.log_sizes)

@@ -90,6 +90,7 @@ class TrainSession:
         self._files: list[str] = []
         self._base_answers: list[str] = []
         self._status, self._error = "ready", None
+        self._checkpoint_at = 0.0
         self._seconds: deque[float] = deque(maxlen=20)
         self._thread = threading.Thread(target=self._main, name="rwkv_nb training", daemon=True)
 
@@ -231,14 +232,15 @@ class TrainSession:
 
     def _train(self) -> str:
         trainer, self._status = self.trainer, "training"
-        last_checkpoint = time.monotonic()
+        self._checkpoint_at = time.monotonic() + self.settings.train.checkpoint_seconds
         while trainer.step < trainer.total_steps:
             self._hold_while_paused()
+            live, began = self._read_live(), time.monotonic()
             if self._stop:
                 self._save_adapter(f"step-{trainer.step}")
+                self._checkpoint(live)
                 return "stopped"
-            live, began = self._read_live(), time.monotonic()
-            row = trainer.train_step(live)
+            row = trainer.train_step(live, lambda live=live: self._checkpoint_if_due(live))
             self._seconds.append(time.monotonic() - began)
             if trainer.step % live.log_every == 0 or trainer.step == trainer.total_steps:
                 self._row(row)
@@ -248,19 +250,26 @@ class TrainSession:
                 self._save_adapter(trainer.epoch)
             elif self._save:
                 self._save_adapter(f"step-{trainer.step}")
-            elif time.monotonic() - last_checkpoint >= self.settings.train.checkpoint_seconds:
-                trainer.checkpoint(live).save(self.run)
-                last_checkpoint = time.monotonic()
+        self._checkpoint(self._read_live())
         return "finished"
+
+    def _checkpoint_if_due(self, live: LiveSettings) -> None:
+        if time.monotonic() >= self._checkpoint_at:
+            self._checkpoint(live)
+
+    def _checkpoint(self, live: LiveSettings) -> None:
+        self.trainer.checkpoint(live).save(self.run)
+        self._checkpoint_at = time.monotonic() + self.settings.train.checkpoint_seconds
 
     def _hold_while_paused(self) -> None:
         if self._go.is_set():
             return
         self._status = "paused"
         while not self._go.wait(0.1):
-            self._read_live()             # so that a change or the pause itself is logged while we hold
+            live = self._read_live()      # so that a change or the pause itself is logged while we hold
             if self._save:
                 self._save_adapter(f"step-{self.trainer.step}")
+                self._checkpoint(live)
                 self._status = "paused"
         self._status = "training"
 
@@ -284,7 +293,7 @@ class TrainSession:
     def _save_adapter(self, name: int | str) -> None:
         self._status, self._save = "saving", False
         files = self.trainer.save(name)
-        self.trainer.checkpoint(self._read_live()).save(self.run)
+        self._checkpoint_at = 0.0         # the next step writes one, once its loss has shown this adapter sound
         with self._lock:
             self._files += [f.name for f in files]
         self._answer(1.0)
