@@ -7,7 +7,7 @@ export PYTHONUNBUFFERED := 1
 .PHONY: run lab test bench setup setup-test
 
 run: setup             ## run all notebooks in order; the results are in runs/quickstart/
-	@$(PYTHON) -m rwkv_nb.notebook_runner
+	@"$(ENV)/bin/rwkv-nb" run
 
 lab: setup             ## open the notebooks in JupyterLab
 	$(PYTHON) -m jupyterlab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks/00_check.ipynb
