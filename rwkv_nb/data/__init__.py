@@ -1,0 +1,1 @@
+"""Text becomes documents (tokens and loss mask), documents become batches."""

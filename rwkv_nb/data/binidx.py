@@ -1,0 +1,145 @@
+"""binidx: token files of RWKV's tools, `name.bin` (all tokens, one after another) and `name.idx` (where each begins).
+
+Little-endian. `.idx`: magic, u64 version 1, u8 dtype code, u64 n_sizes, u64 n_doc_idx, then int32 sizes,
+int64 byte pointers and int64 doc_idx. One item is one document here, as RWKV's tools write it.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from array import array
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import DataError
+from ..runs import atomic_path
+from .jsonl import encode_jsonl
+
+MAGIC = b"MMIDIDX\0\0"
+HEADER = struct.Struct("<9sQBQQ")
+DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+REMAKE = "make the pair again from its jsonl (notebook 01_prepare_data)"
+
+
+def pair(prefix: str | Path) -> tuple[Path, Path]:
+    """(.bin, .idx) of a prefix, which may itself end in one of the two."""
+    prefix = Path(prefix)
+    prefix = prefix.with_suffix("") if prefix.suffix in (".bin", ".idx") else prefix
+    return prefix.with_name(prefix.name + ".bin"), prefix.with_name(prefix.name + ".idx")
+
+
+def write_binidx(prefix: str | Path, documents: Iterable[Sequence[int]]) -> int:
+    """Write documents as they are (the caller puts the closing 0) in uint16; returns how many.
+
+    Both files appear whole or not at all. Raises DataError for ids outside 0..65535 or when there is no document.
+    """
+    bin_file, idx_file = pair(prefix)
+    sizes = array("i")
+    # The .bin takes its name first: a reader that sees the new .idx always finds the tokens that belong to it.
+    with atomic_path(idx_file) as idx, atomic_path(bin_file) as bin_:
+        with open(bin_, "wb") as file:
+            for number, tokens in enumerate(documents, 1):
+                tokens = np.asarray(tokens, dtype=np.int64)
+                if len(tokens) and not 0 <= tokens.min() <= tokens.max() <= 0xFFFF:
+                    raise DataError("token ids do not fit into uint16", where=f"document {number}",
+                                    fix="use the World or the byte tokenizer")
+                file.write(tokens.astype("<u2").tobytes())
+                sizes.append(len(tokens))
+        if not sizes:
+            raise DataError("there is no document to write", where=bin_file, fix="check the file that it is made from")
+        _write_index(idx, np.array(sizes, dtype="<i4"))
+    return len(sizes)
+
+
+def _write_index(path: Path, sizes: np.ndarray) -> None:
+    pointers = np.concatenate([[0], np.cumsum(sizes[:-1], dtype="<i8")]).astype("<i8") * 2
+    doc_idx = np.arange(len(sizes) + 1, dtype="<i8")
+    header = HEADER.pack(MAGIC, 1, 8, len(sizes), len(doc_idx))
+    path.write_bytes(header + sizes.tobytes() + pointers.tobytes() + doc_idx.tobytes())
+
+
+class BinIdx(Sequence):
+    """Documents of a .bin/.idx pair, memory-mapped: [i] → tokens [T] in the file's own dtype.
+
+    Raises DataError, naming the file, for a pair that is incomplete, damaged or does not belong together.
+    """
+
+    def __init__(self, prefix: str | Path):
+        self.bin_file, self.idx_file = pair(prefix)
+        for path in (self.bin_file, self.idx_file):
+            if not path.is_file():
+                raise DataError("this half of the .bin/.idx pair is missing", where=path, fix=REMAKE)
+            if path.stat().st_size == 0:
+                raise DataError("the file is empty", where=path, fix=REMAKE)
+        self.dtype, self.sizes, pointers = _read_index(self.idx_file)
+        self._starts = pointers // self.dtype.itemsize
+        self._check_fit(pointers)
+        self._tokens = np.memmap(self.bin_file, dtype=self.dtype, mode="r")
+
+    def _check_fit(self, pointers: np.ndarray) -> None:
+        held = self.bin_file.stat().st_size
+        if (self.sizes < 0).any() or (pointers < 0).any() or (pointers % self.dtype.itemsize).any():
+            raise DataError("sizes or places in it make no sense", where=self.idx_file, fix=REMAKE)
+        told = int((pointers + self.sizes.astype(np.int64) * self.dtype.itemsize).max())
+        if held != told:
+            why = "it is cut off or" if held < told else "it"
+            raise DataError(f"it holds {held} bytes, its .idx tells of {told}: {why} belongs to another .idx",
+                            where=self.bin_file, fix=REMAKE)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        start = self._starts[i]
+        return self._tokens[start:start + self.sizes[i]]
+
+
+def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray]:
+    """dtype of the .bin, sizes int32 [n] in tokens, pointers int64 [n] in bytes."""
+    data = path.read_bytes()
+    if not data.startswith(MAGIC):
+        raise DataError("this is no .idx file: its first bytes are wrong", where=path, fix=REMAKE)
+    if len(data) < HEADER.size:
+        raise DataError("the file is cut off inside its header", where=path, fix=REMAKE)
+    _, version, code, n, n_doc = HEADER.unpack_from(data)
+    if version != 1 or code not in DTYPES:
+        raise DataError(f"version {version}, dtype code {code} cannot be read (version 1, codes {list(DTYPES)} can)",
+                        where=path, fix=REMAKE)
+    if n == 0:
+        raise DataError("there is no document in it", where=path, fix=REMAKE)
+    told = HEADER.size + 12 * n + 8 * n_doc
+    if len(data) != told:
+        raise DataError(f"it has {len(data)} bytes where {n} documents need {told}: the file is cut off or damaged",
+                        where=path, fix=REMAKE)
+    sizes = np.frombuffer(data, "<i4", n, HEADER.size)
+    return np.dtype(DTYPES[code]), sizes, np.frombuffer(data, "<i8", n, HEADER.size + 4 * n)
+
+
+def jsonl_to_binidx(path: str | Path, prefix: str | Path, tokenizer,
+                    progress: Callable[[int], None] | None = None) -> int:
+    """Write a jsonl file as a .bin/.idx pair, a 0 at the end of each document; returns how many documents.
+
+    Raises DataError with file and line for the first line that cannot be used; nothing is written then.
+    """
+    return write_binidx(prefix, encode_jsonl(path, tokenizer, progress))
+
+
+def binidx_to_jsonl(prefix: str | Path, path: str | Path, tokenizer) -> int:
+    """Write a .bin/.idx pair back as jsonl; returns how many documents. Closing 0s stand for no text."""
+    documents = BinIdx(prefix)
+    with atomic_path(Path(path)) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        for number, tokens in enumerate(documents, 1):
+            check_ids(tokens, tokenizer, f"{documents.bin_file}: document {number}")
+            text = tokenizer.decode(tokens.tolist())
+            file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+    return len(documents)
+
+
+def check_ids(tokens: np.ndarray, tokenizer, where: str) -> None:
+    """Raise DataError for ids that this vocabulary does not have."""
+    if len(tokens) and not 0 <= tokens.min() <= tokens.max() < tokenizer.vocab_size:
+        raise DataError(f"it has id {tokens.max()}; the {tokenizer.name} vocabulary ends at {tokenizer.vocab_size - 1}",
+                        where=where, fix="use the tokenizer that it was made with, or make it again from its jsonl")
