@@ -154,6 +154,15 @@ def _replaced(settings, changes):
     return dataclasses.replace(settings, **here)
 
 
+def values(settings) -> dict[str, Any]:
+    """Values of all leaf fields of nested settings by name, in order."""
+    out = {}
+    for f in dataclasses.fields(settings):
+        value = getattr(settings, f.name)
+        out |= values(value) if dataclasses.is_dataclass(value) else {f.name: value}
+    return out
+
+
 def field_names(settings) -> list[str]:
     """Names of all leaf fields of nested settings, in order."""
     return [f.name for f in leaf_fields(settings)]

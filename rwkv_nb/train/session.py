@@ -111,6 +111,11 @@ class TrainSession:
             self._go.clear()
             self._event({"event": "pause"})
 
+    @property
+    def paused(self) -> bool:
+        """From pause() to resume(); the step under way at pause() still ends."""
+        return not self._go.is_set()
+
     def resume(self) -> None:
         """Go on after pause()."""
         if not self._go.is_set():
@@ -241,7 +246,8 @@ class TrainSession:
                 self._checkpoint(live)
                 return "stopped"
             row = trainer.train_step(live, lambda live=live: self._checkpoint_if_due(live))
-            self._seconds.append(time.monotonic() - began)
+            with self._lock:              # snapshot() walks through them
+                self._seconds.append(time.monotonic() - began)
             if trainer.step % live.log_every == 0 or trainer.step == trainer.total_steps:
                 self._row(row)
             if trainer.epoch_ended:
@@ -293,6 +299,7 @@ class TrainSession:
     def _save_adapter(self, name: int | str) -> None:
         self._status, self._save = "saving", False
         files = self.trainer.save(name)
+        self._row({"step": self.trainer.step, "event": "save", "name": files[0].name})
         self._checkpoint_at = 0.0         # the next step writes one, once its loss has shown this adapter sound
         with self._lock:
             self._files += [f.name for f in files]

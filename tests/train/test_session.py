@@ -102,7 +102,7 @@ def test_changes_pause_and_save_are_recorded_with_their_step(tmp_path, settings)
     end = session.join()
     assert end.status == "stopped"
     events = [(row["event"], row["step"]) for row in Run(tmp_path).metrics() if "event" in row]
-    assert events[:4] == [("pause", held), ("change", held), ("change", held), ("resume", held)]
+    assert events[:5] == [("pause", held), ("change", held), ("change", held), ("save", held), ("resume", held)]
     after = next(row for row in end.rows if "loss" in row and row["step"] == held + 1)
     live = LiveSettings(lr_init=5e-4, lr_final=settings.train.live.lr_final)
     assert after["lr"] == learning_rate(held, end.total_steps, 2, live)
