@@ -1,9 +1,14 @@
-"""What every test shares."""
+"""What every test shares: its part of the cores, a tiny random base and a few chat documents, made on the spot."""
 
+import json
 import os
+import random
 
 import pytest
 import torch
+
+from rwkv_nb.config import Settings, replace
+from rwkv_nb.model import RWKV7, Shape, init_weights, save_weights
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -11,3 +16,30 @@ def _share_the_cores():
     """pytest-xdist's workers side by side: each takes its share of the cores, or they slow each other down."""
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers))
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """Path of a random byte-vocabulary model: two blocks, 64 channels."""
+    path = tmp_path_factory.mktemp("base") / "base.pth"
+    save_weights(path, init_weights(RWKV7(Shape(2, 64, 257, 16, 16, 16, 16, 128)), seed=1).state_dict())
+    return path
+
+
+@pytest.fixture(scope="session")
+def chats(tmp_path_factory):
+    """Path of a jsonl with 30 short chat documents of different lengths."""
+    words = ["red", "green", "blue", "black", "white"]
+    rng = random.Random(0)
+    path = tmp_path_factory.mktemp("data") / "chats.jsonl"
+    lines = [f"User: {' '.join(rng.choices(words, k=rng.randint(1, 5)))}\n\nAssistant: {rng.choice(words)}"
+             for _ in range(30)]
+    path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture
+def settings(base, chats):
+    """Settings of a run of a few seconds; change them with config.replace."""
+    return replace(Settings(), load_model=str(base), data_file=str(chats), ctx_len=64, r=4, lora_alpha=8.0,
+                   lora_dropout=0.1, micro_bsz=4, epoch_count=3, warmup_steps=2, lr_init=1e-3, merge=0)
