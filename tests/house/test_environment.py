@@ -1,0 +1,34 @@
+"""pyproject.toml, environment.yml and constraints.txt say the same."""
+
+import tomllib
+from pathlib import Path
+
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[2]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
+
+
+def test_the_conda_environment_has_the_same_packages():
+    conda = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    pip = next(entry["pip"] for entry in conda if isinstance(entry, dict))
+    assert [entry for entry in pip if not entry.startswith("-")] == PROJECT["dependencies"]
+    assert "-c constraints.txt" in pip and "-e ." in pip
+    assert "python" + PROJECT["requires-python"] in conda
+    assert {"pip", "make", "cxx-compiler", "cuda-nvcc"} <= {entry for entry in conda if isinstance(entry, str)}
+
+
+def test_every_requirement_is_pinned_to_a_version_that_fits():
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    pins = {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
+    for text in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"]:
+        requirement = Requirement(text)
+        assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), text
+
+
+def test_every_package_is_shipped():
+    folders = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "rwkv_nb").rglob("*.py")}
+    assert folders | {"rwkv_nb.cuda"} == set(PYPROJECT["tool"]["setuptools"]["packages"])
