@@ -1,6 +1,9 @@
 """pyproject.toml, environment.yml and constraints.txt say the same."""
 
+import ast
+import sys
 import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import yaml
@@ -10,6 +13,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
+COME_WITH_JUPYTERLAB = {"IPython", "jupyter_client"}   # it and the kernel are these
 
 
 def test_the_conda_environment_has_the_same_packages():
@@ -32,3 +36,20 @@ def test_every_requirement_is_pinned_to_a_version_that_fits():
 def test_every_package_is_shipped():
     folders = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "rwkv_nb").rglob("*.py")}
     assert folders | {"rwkv_nb.cuda"} == set(PYPROJECT["tool"]["setuptools"]["packages"])
+
+
+def test_what_is_imported_is_required():
+    """A module that only a dependency's dependency, or the tests, brings in is missing one day."""
+    imported = {name for path in (ROOT / "rwkv_nb").rglob("*.py") for name in top_level_imports(path)}
+    owners = packages_distributions()
+    required = {canonicalize_name(Requirement(text).name) for text in PROJECT["dependencies"]}
+    for name in imported - sys.stdlib_module_names - {"rwkv_nb", *COME_WITH_JUPYTERLAB}:
+        assert required & {canonicalize_name(owner) for owner in owners[name]}, name
+
+
+def top_level_imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield node.module.split(".")[0]
