@@ -52,7 +52,7 @@ def loss_figure(rows: Sequence[Mapping], *, title: str = "", smooth: float | Non
     else:
         _draw_loss(top, step, loss, smooth, COLOURS[0])
         top.legend(loc="upper right", frameon=False, fontsize=8)
-        low.plot(*_decimated(step, lr), color=COLOURS[1], lw=1.4)
+        low.plot(*_decimated(step, lr), color=COLOURS[1], lw=1.4, marker="" if len(step) > 1 else "o")
         top.set_xlim(*_limits(step))
         low.set_xlim(*_limits(step))
     top.tick_params(labelbottom=False)
@@ -109,7 +109,7 @@ def _panels(width: float, height: float, above: float, boxes: Iterable[tuple]) -
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8, colors=INK)
-        axes.xaxis.set_major_locator(MaxNLocator(7, integer=True, steps=(1, 2, 5, 10)))
+        axes.xaxis.set_major_locator(MaxNLocator(7, integer=True, min_n_ticks=1, steps=(1, 2, 5, 10)))
         axes.yaxis.set_major_locator(MaxNLocator(5 if top - bottom > 0.3 else 2, steps=(1, 2, 2.5, 5, 10)))
         made.append(axes)
     return figure, made

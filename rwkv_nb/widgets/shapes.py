@@ -1,0 +1,241 @@
+"""Where a model's parameters sit, and what an adapter adds: the tables, pictures and controls of 02_inspect_shapes.
+
+Nothing is loaded: counts come from names and shapes alone, so a 13.3B model is counted as fast as a tiny one.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import ipywidgets as W
+from matplotlib.figure import Figure
+
+from .. import config
+from ..config import LoraSettings
+from ..errors import RwkvNbError
+from ..lora.layers import adapter_parameters, attach
+from ..model import RWKV7, Shape
+from ..runs import Run
+from .plots import COLOURS, GRID, INK, TICK, png
+
+# Parameters of the released models as their files have them, without block 0's unused v0 v1 v2.
+KNOWN_TOTALS = {"0.1B": 191_034_624, "0.4B": 450_767_872, "1.5B": 1_527_404_544, "2.9B": 2_947_735_040}
+RANKS = (4, 8, 16, 32, 64, 128, 256)
+USUAL_SCALE = 2.0    # alpha / r
+KINDS = {"embedding": COLOURS[5], "time mix": COLOURS[1], "low-rank gates": COLOURS[4], "channel mix": COLOURS[2],
+         "vectors and norms": COLOURS[3], "head": COLOURS[0]}
+_GATES = {"w": "decay", "a": "in-context rate", "v": "value residual", "g": "gate"}
+_PARTS = {  # name: (kind, keys it takes); the first that fits takes a key
+    "emb": ("embedding", r"emb\..*"),
+    "blocks/ln": ("vectors and norms", r"blocks\.\d+\.ln\d\..*"),
+    "blocks/att/x_r x_w x_k x_v x_a x_g": ("vectors and norms", r".*\.att\.x_."),
+    **{f"blocks/att/{c}0 {c}1 {c}2 ({name})" if c != "g" else "blocks/att/g1 g2 (gate)":
+       ("low-rank gates", rf".*\.att\.{c}\d") for c, name in _GATES.items()},
+    "blocks/att/k_k k_a r_k": ("vectors and norms", r".*\.att\.(k_k|k_a|r_k)"),
+    **{f"blocks/att/{name}": ("time mix", rf".*\.att\.{name}\.weight")
+       for name in ("receptance", "key", "value", "output")},
+    "blocks/att/ln_x": ("vectors and norms", r".*\.att\.ln_x\..*"),
+    "blocks/ffn/x_k": ("vectors and norms", r".*\.ffn\.x_k"),
+    "blocks/ffn/key": ("channel mix", r".*\.ffn\.key\.weight"),
+    "blocks/ffn/value": ("channel mix", r".*\.ffn\.value\.weight"),
+    "ln_out": ("vectors and norms", r"ln_out\..*"),
+    "head": ("head", r"head\..*"),
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One row of the table: tensors of one role, over all layers."""
+
+    name: str                              # slash-named: blocks/att/key
+    kind: str                              # a key of KINDS
+    shapes: tuple[tuple[int, ...], ...]    # the different shapes among them
+    tensors: int
+    params: int
+    lora: int                              # parameters an adapter adds here
+
+
+def parts(shape: Shape, lora: LoraSettings | None = None) -> list[Part]:
+    """A model's parameters by role, in the order of its file; every parameter is in exactly one part."""
+    keys: dict[str, list[str]] = {name: [] for name in _PARTS}
+    sizes = shape.key_shapes()
+    for key in sizes:
+        keys[next(name for name, (_, pattern) in _PARTS.items() if re.fullmatch(pattern, key))].append(key)
+    return [Part(name, _PARTS[name][0], tuple(dict.fromkeys(sizes[k] for k in mine)), len(mine),
+                 sum(math.prod(sizes[k]) for k in mine), sum(_lora_params(k, sizes[k], lora) for k in mine))
+            for name, mine in keys.items() if mine]
+
+
+def lora_params(shape: Shape, lora: LoraSettings) -> int:
+    """Parameters of an adapter, by the formula: r · (in + out) for every linear it is given to."""
+    return sum(_lora_params(key, size, lora) for key, size in shape.key_shapes().items())
+
+
+def attached_params(shape: Shape, lora: LoraSettings) -> int:
+    """The same, counted on a model that really got the adapter (on the meta device: sizes without numbers)."""
+    model = RWKV7(shape, device="meta")
+    attach(model, lora, seed=0)
+    return sum(p.numel() for p in adapter_parameters(model))
+
+
+def _lora_params(key: str, size: tuple[int, ...], lora: LoraSettings | None) -> int:
+    name = key.removesuffix(".weight")
+    takes = lora and any(name == t or name.endswith(f".{t}") for t in lora.target_modules)
+    return lora.r * sum(size) if takes else 0
+
+
+def table_html(shape: Shape, lora: LoraSettings | None = None) -> str:
+    """The parts as an HTML table: name, shapes, tensors, parameters, share as a bar, what LoRA adds."""
+    rows, total = parts(shape, lora), shape.n_params()
+    body = "".join(_row_html(part, part.params / total) for part in rows)
+    added = sum(part.lora for part in rows)
+    cell = "border:0;border-top:1px solid rgba(128,128,128,.5);padding:3px 8px"
+    sums = [f"{sum(part.tensors for part in rows)}", f"{total:,}", "100 %", f"{added:,}" if lora else ""]
+    head = ("name", "shape of one", "tensors", "parameters", "share", f"LoRA, r {lora.r}" if lora else "")
+    return (
+        "<div style='overflow-x:auto'><table style='border-collapse:collapse;font-size:12px;line-height:1.35;white-space:nowrap'><tr>"
+        + "".join(f"<th style='text-align:{'left' if i in (0, 1, 4) else 'right'};padding:3px 8px'>{name}</th>"
+                  for i, name in enumerate(head))
+        + f"</tr>{body}<tr style='background:none'><td colspan=2 style='{cell};text-align:left'><b>all</b></td>"
+        + "".join(f"<td style='{cell};text-align:{'left' if i == 2 else 'right'}'><b>{text}</b></td>"
+                  for i, text in enumerate(sums)) + "</tr></table></div>")
+
+
+def _row_html(part: Part, share: float) -> str:
+    shapes = " ".join(f"[{', '.join(map(str, s))}]" for s in part.shapes)
+    bar = (f"<span style='display:inline-block;width:48px;text-align:right;margin-right:6px'>{share:.2%}</span>"
+           f"<span style='display:inline-block;height:9px;width:{max(share * 150, 1):.0f}px;"
+           f"background:{KINDS[part.kind]}'></span>")
+    cells = (("left", f"<code>{part.name}</code>"), ("left", shapes), ("right", part.tensors),
+             ("right", f"{part.params:,}"), ("left", bar), ("right", f"{part.lora:,}" if part.lora else ""))
+    return ("<tr style='background:none'>"
+            + "".join(f"<td style='text-align:{side};padding:1px 8px;border:0'>{text}</td>" for side, text in cells)
+            + "</tr>")
+
+
+def share_figure(sizes: Mapping[str, Shape]) -> Figure:
+    """A stacked bar for each size: which kinds of layers its parameters sit in."""
+    height = 1.05 + 0.34 * len(sizes)
+    figure = Figure(figsize=(8.6, height), facecolor="white")
+    axes = figure.add_axes((0.11, 0.5 / height, 0.77, 1 - 0.95 / height))
+    names = list(sizes)[::-1]
+    left = dict.fromkeys(names, 0.0)
+    for kind, colour in KINDS.items():
+        shares = [sum(p.params for p in parts(sizes[n]) if p.kind == kind) / sizes[n].n_params() for n in names]
+        axes.barh(range(len(names)), shares, left=list(left.values()), color=colour, label=kind, height=0.72)
+        for i, (name, share) in enumerate(zip(names, shares, strict=True)):
+            if share > 0.055:
+                axes.text(left[name] + share / 2, i, f"{share:.0%}", ha="center", va="center", fontsize=8,
+                          color="white" if kind in ("time mix", "channel mix", "head") else "black")
+            left[name] += share
+    for i, name in enumerate(names):
+        axes.text(1.01, i, short_number(sizes[name].n_params()), va="center", fontsize=9, color=INK)
+    axes.set_yticks(range(len(names)), names, fontsize=9, color=INK)
+    axes.set_xlim(0, 1)
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
+    axes.set_xlabel("share of all parameters", color=INK, fontsize=9)
+    axes.tick_params(labelsize=9, colors=INK, length=0)
+    axes.spines[:].set_visible(False)
+    figure.legend(loc="upper center", ncols=6, frameon=False, fontsize=8.5, handlelength=1, columnspacing=1.4)
+    return figure
+
+
+def rank_figure(sizes: Mapping[str, Shape], chosen: str, lora: LoraSettings) -> Figure:
+    """Parameters of an adapter over its rank, a line a size (both axes in powers of two); the chosen one is thick."""
+    figure = Figure(figsize=(5.6, 3.9), facecolor="white")
+    axes = figure.add_axes((0.135, 0.13, 0.70, 0.76))
+    ranks = sorted({*RANKS, lora.r})
+    for name, shape in sizes.items():
+        counts = [lora_params(shape, config.replace(lora, r=r)) for r in ranks]
+        mine = name == chosen
+        axes.plot(ranks, counts, color=COLOURS[1] if mine else TICK, lw=2.6 if mine else 0.9, zorder=3 if mine else 2)
+        axes.annotate(name if len(name) < 12 else name[:11] + "…", (ranks[-1], counts[-1]), xytext=(5, -3),
+                      textcoords="offset points", fontsize=8.5, color=COLOURS[1] if mine else TICK,
+                      weight="bold" if mine else "normal", annotation_clip=False)
+    here, total = lora_params(sizes[chosen], lora), sizes[chosen].n_params()
+    axes.plot([lora.r], [here], "o", ms=8, color=COLOURS[1], zorder=4)
+    axes.set_title(f"{chosen}, r {lora.r}: {short_number(here)} trained, {here / total:.2%} of the base",
+                   loc="left", fontsize=10, color=INK)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(RANKS, map(str, RANKS))
+    axes.set_xlim(ranks[0], ranks[-1])
+    axes.yaxis.set_major_formatter(lambda y, _: short_number(y))
+    axes.set_xlabel("rank r", color=INK, fontsize=9)
+    axes.set_ylabel("parameters of the adapter", color=INK, fontsize=9)
+    axes.grid(color=GRID, lw=0.8)
+    axes.tick_params(which="both", labelsize=8, colors=INK)
+    axes.minorticks_off()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def short_number(n: float) -> str:
+    """191.0 M, 2.95 B"""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if n >= size:
+            return f"{n / size:.3g} {letter}"
+    return f"{n:g}"
+
+
+def advice_html(lora: LoraSettings) -> str:
+    """What alpha / r means for the chosen values, and what to do about the learning rate."""
+    scale = lora.lora_alpha / lora.r
+    verdict = "alpha is twice r, as is usual: keep the learning rate as it is."
+    if scale != USUAL_SCALE:
+        factor, (far, do) = scale / USUAL_SCALE, ("further", "lower") if scale > USUAL_SCALE else ("less far", "raise")
+        times = f"{factor if factor > 1 else 1 / factor:.3g}× {far}" if factor else "nowhere"
+        verdict = (f"{USUAL_SCALE:g} is usual. With {scale:.3g} each step moves the model {times}: {do} lr_init by as "
+                   f"much, or set alpha to {USUAL_SCALE * lora.r:g}.")
+    return (f"<div style='font-size:13px;line-height:1.5'>The adapter is added with the scale "
+            f"<b>alpha / r = {lora.lora_alpha:g} / {lora.r} = {scale:.3g}</b>; {verdict}</div>")
+
+
+class ShapePanel(W.VBox):
+    """Controls for size, r and alpha over a live table and picture. r and alpha go into run's settings.json at once.
+
+    run:   where the choice is written
+    sizes: shapes to look at, by name; the size is for looking, the base decides what is trained
+    """
+
+    def __init__(self, run: Run, sizes: Mapping[str, Shape], *, size: str, r: int, alpha: float):
+        self.run, self.sizes = run, dict(sizes)
+        narrow = W.Layout(width="auto")
+        self._size = W.Dropdown(options=list(sizes), value=size, description="size", layout=narrow)
+        self._r = W.SelectionSlider(options=sorted({*RANKS, r}), value=r, description="r", layout=narrow)
+        self._alpha = W.BoundedFloatText(alpha, min=0, max=1e5, step=8, description="alpha", layout=narrow)
+        self._table, self._advice, self._note = W.HTML(), W.HTML(), W.HTML()
+        self._picture = W.Image(format="png", layout=W.Layout(max_width="560px"))
+        left = W.VBox([self._size, self._r, self._alpha, self._advice, self._note], layout=W.Layout(width="330px"))
+        super().__init__([W.HBox([left, self._picture], layout=W.Layout(flex_flow="row wrap")), self._table])
+        self._r.observe(self._keep_scale, "value")
+        for control in (self._size, self._alpha):
+            control.observe(self._changed, "value")
+        self._changed()
+
+    @property
+    def lora(self) -> LoraSettings:
+        """LoRA settings of the run with the chosen r and alpha."""
+        return config.replace(self.run.settings().lora, r=self._r.value, lora_alpha=self._alpha.value)
+
+    def _keep_scale(self, change) -> None:
+        if self._alpha.value:
+            self._alpha.value *= change["new"] / change["old"]  # its own observer paints
+        else:
+            self._changed()
+
+    def _changed(self, _=None) -> None:
+        try:
+            self.run.update(r=self._r.value, lora_alpha=self._alpha.value)
+        except RwkvNbError as error:
+            self._note.value = f"<b style='color:{COLOURS[1]}'>{html.escape(str(error))}</b>"
+            return
+        shape, lora = self.sizes[self._size.value], self.lora
+        self._table.value, self._advice.value = table_html(shape, lora), advice_html(lora)
+        self._picture.value = png(rank_figure(self.sizes, self._size.value, lora))
+        self._note.value = ("<span style='font-size:12px;opacity:.7'>r and alpha are written to "
+                            f"{html.escape(self.run.name)}/settings.json</span>")
