@@ -97,7 +97,8 @@ def table_html(shape: Shape, lora: LoraSettings | None = None) -> str:
     sums = [f"{sum(part.tensors for part in rows)}", f"{total:,}", "100 %", f"{added:,}" if lora else ""]
     head = ("name", "shape of one", "tensors", "parameters", "share", f"LoRA, r {lora.r}" if lora else "")
     return (
-        "<div style='overflow-x:auto'><table style='border-collapse:collapse;font-size:12px;line-height:1.35;white-space:nowrap'><tr>"
+        "<div style='overflow-x:auto;white-space:nowrap'>"
+        "<table style='border-collapse:collapse;font-size:12px;line-height:1.35'><tr>"
         + "".join(f"<th style='text-align:{'left' if i in (0, 1, 4) else 'right'};padding:3px 8px'>{name}</th>"
                   for i, name in enumerate(head))
         + f"</tr>{body}<tr style='background:none'><td colspan=2 style='{cell};text-align:left'><b>all</b></td>"
