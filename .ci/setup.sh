@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 env=$1 extra=${2:-}
 python="$env/bin/python"
 
-say()  { printf '\033[1m%s\033[0m\n' "$*"; }
+say()  { if [ -t 1 ]; then printf '\033[1m%s\033[0m\n' "$*"; else printf '%s\n' "$*"; fi; }
 stop() { printf '%s\n' "$@" >&2; exit 1; }
 new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 
