@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,12 +110,14 @@ class Settings:
 
 
 def check(settings) -> None:
-    """Raise SettingsError for the first field outside its choices or bounds. Nested settings too."""
+    """Raise SettingsError for the first field of a wrong type or outside its choices or bounds. Nested ones too."""
     for f in dataclasses.fields(settings):
         value, rule = getattr(settings, f.name), f.metadata
-        if dataclasses.is_dataclass(value):
+        if dataclasses.is_dataclass(f.default):
             check(value)
             continue
+        if not _has_type_of(f.default, value):
+            raise SettingsError(f"{f.name} is {value!r}", where=f.name, fix=f"give it a value like {f.default!r}")
         if rule.get("choices") and value not in rule["choices"]:
             near = difflib.get_close_matches(str(value), map(str, rule["choices"]), 1)
             raise SettingsError(f"{f.name} cannot be {value!r}", where=f.name,
@@ -122,9 +125,18 @@ def check(settings) -> None:
                                     + (f"; did you mean {near[0]}?" if near else ""))
         for bound, wrong in (("low", lambda v, b: v < b), ("high", lambda v, b: v > b)):
             limit = rule.get(bound)
-            if limit is not None and not (isinstance(value, (int, float)) and not wrong(value, limit)):
+            if limit is not None and wrong(value, limit):
                 side = "at least" if bound == "low" else "at most"
                 raise SettingsError(f"{f.name} is {value!r}", where=f.name, fix=f"it must be {side} {limit}")
+
+
+def _has_type_of(default, value) -> bool:
+    """Whole numbers, finite numbers, text and tuples of text each take only their own kind; a float takes an int."""
+    if isinstance(default, tuple):
+        return isinstance(value, tuple) and all(isinstance(part, str) for part in value)
+    if isinstance(default, float):
+        return isinstance(value, (int, float)) and math.isfinite(value)
+    return isinstance(value, type(default))
 
 
 def replace(settings, **changes):
@@ -185,8 +197,10 @@ def to_json(settings) -> str:
 def from_dict(cls, values: dict):
     """Nested settings from to_json's dict; a key that is not there keeps its default.
 
-    Raises SettingsError for a key that no field has.
+    Raises SettingsError for a key that no field has, or where a group of settings is something else.
     """
+    if not isinstance(values, dict):
+        raise SettingsError(f"{cls.__name__} cannot be made from {values!r}", fix="use {} for the defaults")
     known = {f.name: f for f in dataclasses.fields(cls)}
     unknown = sorted(set(values) - set(known))
     if unknown:
@@ -197,7 +211,7 @@ def from_dict(cls, values: dict):
         default = known[name].default
         if dataclasses.is_dataclass(default):
             value = from_dict(type(default), value)
-        elif isinstance(default, tuple):
+        elif isinstance(default, tuple) and isinstance(value, list):
             value = tuple(value)
         made[name] = value
     return cls(**made)

@@ -16,6 +16,8 @@ from pathlib import Path
 from . import config
 from .errors import RunError, SettingsError
 
+_FAILED_WRITES = ("inline_container", "PytorchStreamWriter", "I/O error")  # torch's and safetensors' own words
+
 
 @contextlib.contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
@@ -31,9 +33,12 @@ def atomic_path(target: Path) -> Iterator[Path]:
         with open(temporary, "rb") as f:
             os.fsync(f.fileno())
         os.replace(temporary, target)
-    except OSError as error:
-        raise RunError(f"could not write ({error.strerror or error}); what was there before is intact",
-                       where=target, fix="free some disk space or choose another folder, then save again") from error
+    except Exception as error:
+        if not isinstance(error, OSError) and not any(words in str(error) for words in _FAILED_WRITES):
+            raise
+        raise RunError(f"could not write ({getattr(error, 'strerror', None) or error}); what was there before is "
+                       "intact", where=target, fix="free some disk space or choose another folder, then save again"
+                       ) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -128,7 +133,7 @@ class Run:
         if not self.metrics_file.exists():
             return []
         rows = []
-        for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
+        for line in self.metrics_file.read_text(encoding="utf-8", errors="replace").splitlines():
             with contextlib.suppress(ValueError):
                 rows.append(json.loads(line))
         return rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -105,12 +106,14 @@ def read_shape(weights: Mapping) -> Shape:
     if version not in SUPPORTED:
         raise CheckpointError(f"this is an {_NAMES[version]} model ({version}), which is not supported yet",
                               fix="use an RWKV-7 (x070) base")
-    layers = 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("blocks."))
+    layers = 1 + max(int(n[1]) for n in (re.match(r"blocks\.(\d+)\.", key) for key in weights) if n)
 
     def size(key: str, dim: int) -> int:
         if key not in weights:
             raise CheckpointError("the key is missing, the file is not a whole model", where=key,
                                   fix="download or copy the base again")
+        if weights[key].dim() <= dim or not weights[key].shape[dim]:
+            raise CheckpointError(f"{key} is {list(weights[key].shape)}", where=key, fix="use an unchanged base model")
         return weights[key].shape[dim]
 
     v_layer0 = size("blocks.0.att.v1", 1) if "blocks.0.att.v1" in weights else 0
