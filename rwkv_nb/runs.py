@@ -40,7 +40,8 @@ def atomic_path(target: Path) -> Iterator[Path]:
                        "intact", where=target, fix="free some disk space or choose another folder, then save again"
                        ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def write_text(target: Path, text: str) -> None:

@@ -1,0 +1,150 @@
+"""A run's folder: whole writes, a lock that dies with its process, settings and logs that survive."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rwkv_nb import runs
+from rwkv_nb.config import Settings, replace
+from rwkv_nb.errors import RunError, SettingsError
+from rwkv_nb.runs import Run
+
+FULL_DISK = """
+import resource, sys
+import torch
+from safetensors.torch import save_file
+from rwkv_nb.errors import RunError
+from rwkv_nb.model import save_weights
+from rwkv_nb.runs import Run, write_text, write_with
+folder, weights = sys.argv[1], {"w": torch.randn(100_000)}
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))      # no file may grow longer: as on a full disk
+for name, write in {
+    "notes.txt": lambda path: write_text(path, "x" * 60_000),
+    "model.pth": lambda path: save_weights(path, weights),
+    "adapter.safetensors": lambda path: write_with(path, lambda temporary: save_file(weights, temporary)),
+}.items():
+    try:
+        write(f"{folder}/{name}")
+    except RunError as error:
+        print(name, "is intact" in str(error))
+"""
+HOLD = """
+import sys
+from rwkv_nb.runs import Run
+with Run(sys.argv[1]).lock():
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path):
+    names = ["notes.txt", "model.pth", "adapter.safetensors"]
+    for name in names:
+        (tmp_path / name).write_text("old")
+    out = subprocess.run([sys.executable, "-c", FULL_DISK, tmp_path], capture_output=True, text=True, check=True).stdout
+    assert out.splitlines() == [f"{name} True" for name in names]
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(names, "old")
+
+
+def test_an_error_of_the_writer_itself_passes_through(tmp_path):
+    target = tmp_path / "a.txt"
+    runs.write_text(target, "old")
+    with pytest.raises(ZeroDivisionError):
+        runs.write_with(target, lambda path: path.write_text(str(1 / 0)))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"] and target.read_text() == "old"
+
+
+def test_a_folder_that_cannot_be_made_is_said(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="could not write"):
+        runs.write_text(tmp_path / "file" / "below.txt", "x")
+
+
+@given(st.text())
+def test_text_is_written_as_it_is(tmp_path_factory, text):
+    path = tmp_path_factory.mktemp("run") / "a.txt"
+    runs.write_text(path, text)
+    assert path.read_bytes() == text.encode()
+
+
+def test_one_run_at_a_time(tmp_path):
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(RunError, match=f"process {holder.pid}"), Run(tmp_path).lock():
+            pass
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+        with Run(tmp_path).lock():           # the system frees what a dead process held
+            assert (tmp_path / ".lock").read_text() == str(os.getpid())
+            with pytest.raises(RunError), Run(tmp_path).lock():
+                pass
+        with Run(tmp_path).lock():
+            pass
+    finally:
+        holder.kill()
+        holder.communicate()
+
+
+def test_settings_go_from_one_notebook_to_the_next(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = Run("runs/first")
+    assert run.settings() == Settings() and run.name == "first"
+    run.update(data_file="data/a.jsonl", ctx_len=77)
+    assert run.update(r=8, lora_alpha=16) == replace(Settings(), data_file=str(tmp_path / "data" / "a.jsonl"),
+                                                     ctx_len=77, r=8, lora_alpha=16.0)
+    monkeypatch.chdir("/")
+    assert Run(tmp_path / "runs" / "first").settings().data.data_file == str(tmp_path / "data" / "a.jsonl")
+
+
+@pytest.mark.parametrize("text", ["", "{", "null", '{"lora": {"rank": 1}}', "\x00\x00"])
+def test_damaged_settings_are_refused_and_kept(tmp_path, text):
+    run = Run(tmp_path)
+    run.settings_file.write_text(text)
+    with pytest.raises(SettingsError):
+        run.update(r=4)
+    assert run.settings_file.read_text() == text
+
+
+def test_refused_settings_are_not_written(tmp_path):
+    run = Run(tmp_path)
+    run.update(r=4)
+    with pytest.raises(SettingsError):
+        run.update(r=0)
+    assert run.settings().lora.r == 4
+
+
+def test_a_log_cut_off_in_a_line_or_a_letter_is_read_up_to_there(tmp_path):
+    run = Run(tmp_path)
+    assert run.metrics() == []
+    run.metrics_file.write_bytes('{"step": 1}\n{"step": 2, "event": "变'.encode()[:-1])
+    assert run.metrics() == [{"step": 1}]
+
+
+def test_what_an_earlier_run_left_is_set_aside(tmp_path):
+    run = Run(tmp_path)
+    assert run.set_aside() is None
+    run.update(r=4)
+    with pytest.raises(RunError, match="no adapter"):
+        run.last_adapter()
+    for round_ in (1, 2):
+        for path in (run.metrics_file, run.adapter_file(1), run.adapter_file("step-7"), run.merged_file(1)):
+            path.write_text(str(round_))
+        assert {path.name for path in run.adapters()} == {"adapter-1.safetensors", "adapter-step-7.safetensors"}
+        aside = run.set_aside()
+        assert aside.name == f"previous-{round_}" and (aside / "rwkv-1.pth").read_text() == str(round_)
+        assert (aside / "settings.json").exists() and run.settings().lora.r == 4 and not run.adapters()
+
+
+def test_the_last_adapter_is_the_one_saved_last(tmp_path):
+    run = Run(tmp_path)
+    for time, name in enumerate((10, 9, "step-3"), start=1):
+        run.adapter_file(name).touch()
+        os.utime(run.adapter_file(name), ns=(time, time))
+    assert [path.stem for path in run.adapters()] == ["adapter-10", "adapter-9", "adapter-step-3"]
+    assert run.last_adapter().stem == "adapter-step-3"
