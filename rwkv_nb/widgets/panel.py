@@ -1,0 +1,176 @@
+"""The live training panel.
+
+Callbacks only pass requests on to the session. A thread of the panel's own paints from snapshots by setting traits,
+once a second and where something changed, while a cell awaits session.wait() and while the kernel is idle.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+
+import ipywidgets as widgets
+
+from ..config import LiveSettings, leaf_fields
+from ..errors import RwkvNbError
+from ..train.session import DONE, Snapshot, TrainSession
+from . import panel_html as html
+from .panel_form import shell_command
+from .plots import loss_figure, png
+
+LIVE = ("lr_init", "grad_clip", "log_every")
+SECOND = 1.0             # between two paints
+FIGURE_SHARE = 0.03      # painting the figure takes no more of the time: drawing holds Python's lock
+DECADES = 1.5            # the learning rate's slider reaches so far to both sides of its start
+BAR_STYLES = {"finished": "success", "failed": "danger", "paused": "warning", "pausing": "warning"}
+
+
+class TrainPanel(widgets.VBox):
+    """Buttons, sliders, progress, loss and samples of a TrainSession: display(TrainPanel(session)).
+
+    A panel may be made before or after session.start(). It paints until the session is done.
+    """
+
+    def __init__(self, session: TrainSession):
+        self._session, self._live = session, session.snapshot().live
+        self._stopping, self._complaint = False, ""
+        self._lock, self._wake = threading.RLock(), threading.Event()
+        self._painted, self._figure_due = None, 0.0
+        self._make_controls(self._live)
+        self._make_displays()
+        super().__init__([
+            self.status, widgets.HBox([self.start, self.pause, self.stop, self.save]), self.error,
+            self.progress, self.figures, self.loss, widgets.HBox([self.lr_init, self.grad_clip, self.log_every],
+                                                                 layout={"flex_flow": "row wrap"}),
+            self.notices, self.samples, self.files, self.command], layout={"max_width": "900px", "grid_gap": "6px"})
+        self._paint_texts(session.snapshot())
+        self.painter = threading.Thread(target=self._paint_until_done, name="rwkv_nb panel", daemon=True)
+        self.painter.start()
+
+    def __repr__(self) -> str:
+        return f"TrainPanel({self._session.run.name})"
+
+    # -- controls ------------------------------------------------------------------------------------------------
+
+    def _make_controls(self, live: LiveSettings) -> None:
+        def button(text, icon, style, tooltip, action):
+            made = widgets.Button(description=text, icon=icon, button_style=style, tooltip=tooltip,
+                                  layout={"width": "110px"})
+            made.on_click(lambda _: self._ask(action))
+            return made
+
+        session = self._session
+        self.start = button("Start", "play", "success", "begin to train", session.start)
+        self.pause = button("Pause", "pause", "", "hold after the step that is under way; press again to go on",
+                            lambda: session.resume() if session.paused else session.pause())
+        self.stop = button("Stop", "stop", "danger", "save an adapter and a checkpoint, then end; a later session "
+                           "goes on from there", self._stop)
+        self.save = button("Save now", "save", "", "save an adapter after the step under way, and let it answer the "
+                           "prompts", session.save_now)
+
+        texts = {field.name: field.metadata["en"] for field in leaf_fields(live)}
+        rate = max(live.lr_init, 1e-9)
+        self.lr_init = widgets.FloatLogSlider(
+            value=rate, min=math.log10(rate) - DECADES, max=math.log10(rate) + DECADES, step=0.02,
+            readout_format=".2e", continuous_update=False, description="lr_init", tooltip=texts["lr_init"],
+            layout={"width": "400px"})
+        self.grad_clip = widgets.BoundedFloatText(
+            value=live.grad_clip, min=0, max=1e6, step=0.1, continuous_update=False, description="grad_clip",
+            tooltip=texts["grad_clip"], layout={"width": "180px"})
+        self.log_every = widgets.BoundedIntText(
+            value=live.log_every, min=1, max=10**6, continuous_update=False, description="log_every",
+            tooltip=texts["log_every"], layout={"width": "180px"})
+        for name in LIVE:
+            getattr(self, name).observe(self._change, "value")
+
+    def _ask(self, action) -> None:
+        """Pass a request on to the session; what it refuses is shown."""
+        try:
+            action()
+            self._complaint = ""
+        except RwkvNbError as error:
+            self._complaint = html.error_html(error)
+        self._wake.set()
+
+    def _stop(self) -> None:
+        self._stopping = True
+        self._session.stop()
+
+    def _change(self, change) -> None:
+        with self._lock:
+            self._ask(lambda: self._session.change(**{change.owner.description: change.new}))
+
+    # -- painting ------------------------------------------------------------------------------------------------
+
+    def _make_displays(self) -> None:
+        self.status, self.error, self.figures, self.notices, self.samples, self.files = (
+            widgets.HTML() for _ in range(6))
+        self.progress = widgets.FloatProgress(min=0, max=1, layout={"width": "100%", "height": "14px"})
+        self.loss = widgets.Image(format="png", layout={"width": "100%", "max_width": "760px"})
+        self.command = widgets.HTML(html.command_html(shell_command(self._session.settings, self._session.run)))
+
+    def _paint_until_done(self) -> None:
+        done = False
+        while not done:
+            done = self._session.snapshot().done
+            try:
+                self._paint()
+            except Exception as error:  # a picture that fails must not take the rest with it
+                self._complaint = self.error.value = html.error_html(error)
+            self._wake.wait(SECOND)
+            self._wake.clear()
+
+    def _paint(self) -> None:
+        """Paint what changed since the last time."""
+        self._show_live()
+        now = self._session.snapshot()
+        self._paint_texts(now)
+        due = time.monotonic() >= self._figure_due or now.done
+        if due and len(now.rows) != self._painted:
+            began = time.monotonic()
+            self.loss.value = png(loss_figure(now.rows))
+            self._painted = len(now.rows)
+            self._figure_due = began + max(SECOND, (time.monotonic() - began) / FIGURE_SHARE)
+
+    def _show_live(self) -> None:
+        """Controls follow what was changed elsewhere: by a resumed run, another panel, or code."""
+        with self._lock:
+            before, self._live = self._live, self._session.snapshot().live
+            for name in LIVE:
+                value, control = getattr(self._live, name), getattr(self, name)
+                if value == getattr(before, name) or value == control.value:
+                    continue
+                if name == "lr_init":
+                    if value <= 0:  # a logarithm has no zero
+                        continue
+                    control.min = min(control.min, math.log10(value))
+                    control.max = max(control.max, math.log10(value))
+                control.value = value
+
+    def _paint_texts(self, now: Snapshot) -> None:
+        session, status = self._session, self._status(now)
+        self.status.value = html.status_html(session.run.name, status)
+        self.start.disabled = status != "ready"
+        self.pause.disabled = self.stop.disabled = self.save.disabled = status in ("ready", "stopping", *DONE)
+        self.pause.description, self.pause.icon = ("Resume", "play") if session.paused else ("Pause", "pause")
+        self.progress.max, self.progress.value = max(now.total_steps, 1), now.step
+        self.progress.bar_style = BAR_STYLES.get(status, "info")
+        self.figures.value = html.figures_html(now, session.settings.train.epoch_count)
+        self.notices.value = html.notices_html(now.notices)
+        self.samples.value = html.samples_html(now.samples)
+        self.files.value = html.files_html(session.run.name, now.files)
+        self.error.value = self._failure() if status == "failed" else self._complaint
+
+    def _status(self, now: Snapshot) -> str:
+        """The session's status, or what it has been asked to become."""
+        if not now.done and self._stopping:
+            return "stopping"
+        return "pausing" if now.status == "training" and self._session.paused else now.status
+
+    def _failure(self) -> str:
+        try:
+            self._session.result()
+        except BaseException as error:
+            return html.error_html(error)
+        return ""

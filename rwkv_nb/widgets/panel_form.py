@@ -1,0 +1,86 @@
+"""A run's settings before it starts: as a form, and as a shell command."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from dataclasses import Field
+from pathlib import Path
+
+import ipywidgets as widgets
+
+from .. import config
+from ..config import Settings
+from ..errors import SettingsError
+from ..runs import Run
+from .panel_html import error_html
+
+FIELDS = ("r", "lora_alpha", "ctx_len", "micro_bsz", "epoch_count", "lr_init", "lr_final", "precision")
+
+
+class SettingsForm(widgets.VBox):
+    """Some settings of a run as widgets, set from its settings.json and written back at each change.
+
+    fields: names from config.py; text and bounds come from there too.
+    """
+
+    def __init__(self, run: Run, fields: tuple[str, ...] = FIELDS):
+        self._run, self._message, self.inputs = run, widgets.HTML(), {}
+        known = {field.name: field for field in config.leaf_fields(Settings())}
+        values = config.values(run.settings())
+        rows = []
+        for name in fields:
+            self.inputs[name] = _input(known[name], values[name])
+            self.inputs[name].observe(self._write, "value")
+            unit = f" [{known[name].metadata['unit']}]" if known[name].metadata["unit"] else ""
+            text = widgets.HTML(f'<span style="opacity:.75">{known[name].metadata["en"]}{unit}</span>')
+            rows.append(widgets.HBox([self.inputs[name], text]))
+        super().__init__([*rows, self._message])
+
+    def __repr__(self) -> str:
+        return f"SettingsForm({self._run.name})"
+
+    def _write(self, change) -> None:
+        name = next(name for name, widget in self.inputs.items() if widget is change.owner)
+        try:
+            self._run.update(**{name: change.new})
+            self._message.value = ""
+        except (SettingsError, OSError) as error:
+            self._message.value = error_html(error)
+
+
+def _input(field: Field, value) -> widgets.Widget:
+    """The widget that fits a field's type, choices and bounds."""
+    text = field.metadata
+    shared = {"description": field.name, "tooltip": text["en"], "value": value,
+              "style": {"description_width": "110px"}, "layout": {"width": "230px"}}
+    if text["choices"]:
+        return widgets.Dropdown(options=text["choices"], **shared)
+    low = -1e12 if text["low"] is None else text["low"]
+    high = 10**12 if text["high"] is None else text["high"]
+    if isinstance(field.default, float):
+        return widgets.BoundedFloatText(min=low, max=high, step=None, **shared)
+    if isinstance(field.default, int):
+        return widgets.BoundedIntText(min=int(low), max=int(high), **shared)
+    return widgets.Text(continuous_update=False, **shared)
+
+
+def shell_command(settings: Settings, run: Run, relative_to: str | Path | None = None) -> str:
+    """The same run as a shell command: every setting that differs from its default, a flag a line.
+
+    relative_to: a folder from which the paths are given; by default they are absolute.
+    """
+    def path(value) -> str:
+        return os.path.relpath(value, relative_to) if relative_to else str(Path(value).resolve())
+
+    values, defaults = config.values(settings), config.values(Settings())
+    values |= {name: path(values[name]) for name in ("load_model", "data_file") if values[name]}
+    values["proj_dir"] = path(run.folder)
+    names = ["load_model", "proj_dir", "data_file"]
+    names += [name for name in values if name not in names]
+    flags = [shlex.join([f"--{name}", *_words(values[name])]) for name in names if values[name] != defaults[name]]
+    return " \\\n    ".join(["rwkv-nb train", *flags])
+
+
+def _words(value) -> list[str]:
+    return [str(part) for part in value] if isinstance(value, tuple) else [str(value)]

@@ -1,0 +1,108 @@
+"""The panel's texts as HTML: everything that came from data, models or errors is escaped.
+
+Colours are the page's own, made fainter by opacity, so that light and dark themes both work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from html import escape
+
+from ..errors import RwkvNbError
+from ..train.session import Sample, Snapshot
+
+LINE = "1px solid rgba(128,128,128,.35)"
+STATUS = {  # status: (colour of the badge, what it means)
+    "ready": ("#6c757d", "press Start"),
+    "preparing": ("#6c757d", "loading the base model and the data"),
+    "training": ("#1f77b4", ""),
+    "pausing": ("#b8860b", "after the step that is under way"),
+    "paused": ("#b8860b", "press Resume to go on"),
+    "saving": ("#1f77b4", "writing the files, then the adapter answers the prompts"),
+    "stopping": ("#b8860b", "after the step that is under way, with everything saved"),
+    "finished": ("#2e8b57", "everything is saved"),
+    "stopped": ("#6c757d", "everything is saved; a new session goes on from here"),
+    "failed": ("#c0392b", "the reason is below"),
+}
+
+
+def status_html(name: str, status: str) -> str:
+    """The run's name and a coloured badge."""
+    colour, meaning = STATUS[status]
+    return (f'<span style="font-size:1.15em;font-weight:600">{escape(name)}</span> '
+            f'<span style="background:{colour};color:white;border-radius:9px;padding:2px 10px;margin:0 .6em">'
+            f'{status}</span><span style="opacity:.7">{meaning}</span>')
+
+
+def figures_html(snapshot: Snapshot, epoch_count: int) -> str:
+    """Step, epoch, loss, speed, memory and time left, each under its caption."""
+    row = next((row for row in reversed(snapshot.rows) if "loss" in row), {})
+    seconds = None if snapshot.done else snapshot.seconds_left
+    pairs = [("step", f"{snapshot.step} / {snapshot.total_steps}" if snapshot.total_steps else "–"),
+             ("epoch", f"{snapshot.epochs:.2f} / {epoch_count}"),
+             ("loss", f"{row['loss']:.4f}" if row else "–"),
+             ("learning rate", f"{row['lr']:.2e}" if row else "–"),
+             ("tokens/s", f"{row['tokens_per_s']:,.0f}" if row else "–"),
+             ("peak memory", memory_text(row["peak_memory_mb"]) if row else "–"),
+             ("time left", "–" if seconds is None else duration_text(seconds))]
+    cells = (f'<div style="min-width:5.2em"><div style="opacity:.65;font-size:.85em">{caption}</div>'
+             f'<div style="font-weight:600;font-variant-numeric:tabular-nums">{escape(value)}</div></div>'
+             for caption, value in pairs)
+    return f'<div style="display:flex;flex-wrap:wrap;gap:4px 20px;line-height:1.4">{"".join(cells)}</div>'
+
+
+def notices_html(notices: Iterable[str]) -> str:
+    """A sentence a line."""
+    return "".join(f'<div style="line-height:1.5;opacity:.8">• {escape(text)}</div>' for text in notices)
+
+
+def error_html(error: BaseException) -> str:
+    """What is wrong, where, and what to do about it."""
+    known = isinstance(error, RwkvNbError)
+    rows = [("", error.what), ("where", error.where), ("what to do", error.fix)] if known \
+        else [("", f"{type(error).__name__}: {error}")]
+    lines = "".join(f'<div style="white-space:pre-wrap;overflow-wrap:anywhere">'
+                    f'{f"<b>{caption}:</b> " if caption else ""}{escape(text)}</div>' for caption, text in rows if text)
+    return ('<div style="border-left:4px solid #c0392b;background:rgba(192,57,43,.12);padding:8px 12px;'
+            f'line-height:1.5">{lines}</div>')
+
+
+def samples_html(samples: Iterable[Sample]) -> str:
+    """Base and adapter side by side, the newest save first."""
+    samples = sorted(samples, key=lambda sample: -sample.step)
+    if not samples:
+        return ""
+    cell = f'style="padding:5px 10px;border-bottom:{LINE};text-align:left;vertical-align:top;white-space:pre-wrap"'
+    head = "".join(f"<th {cell}>{text}</th>" for text in ("step", "prompt", "base", "with the adapter"))
+    body = "".join("<tr>" + "".join(f"<td {cell}>{escape(str(text)).strip()}</td>" for text in
+                                    (s.step, s.prompt, s.base, s.adapter)) + "</tr>" for s in samples)
+    return (f'<div style="max-height:320px;overflow:auto"><table style="width:100%;border-collapse:collapse;'
+            f'line-height:1.4"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')
+
+
+def files_html(folder: str, files: Iterable[str]) -> str:
+    """Saved files, by name."""
+    names = " · ".join(f"<code>{escape(name)}</code>" for name in files)
+    return f'<span style="opacity:.8">saved in {escape(folder)}:</span> {names}' if names else ""
+
+
+def command_html(command: str) -> str:
+    """A command that one click selects whole."""
+    return ('<details><summary style="cursor:pointer">the same run as a shell command</summary>'
+            '<pre style="user-select:all;white-space:pre-wrap;overflow-wrap:anywhere;padding:8px 12px;margin:6px 0;'
+            f'border:{LINE};line-height:1.5">{escape(command)}</pre></details>')
+
+
+def duration_text(seconds: float) -> str:
+    """8 s, 3 min 20 s, 2 h 05 min."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+
+
+def memory_text(megabytes: float) -> str:
+    """512 MB, 3.4 GB."""
+    return f"{megabytes:.0f} MB" if megabytes < 1000 else f"{megabytes / 1000:.1f} GB"
