@@ -26,7 +26,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         if message.startswith("unrecognized arguments: "):
-            wrong = message.removeprefix("unrecognized arguments: ").split()[0].split("=")[0]
+            wrong = message.removeprefix("unrecognized arguments: ").partition(" ")[0].partition("=")[0]
             near = difflib.get_close_matches(wrong, self._option_string_actions, 1)
             raise SettingsError(f"there is no option {wrong}", where=self.prog,
                                 fix=f"did you mean {near[0]}?" if near else f"see {self.prog} --help")
