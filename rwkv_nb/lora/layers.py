@@ -13,7 +13,7 @@ import contextlib
 import difflib
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -133,7 +133,7 @@ def attach(model: nn.Module, lora: LoraSettings, seed: int) -> list[str]:
     Raises SettingsError for a target that matches nothing (with the nearest names) and for a second attach.
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    names = _matching(lora.target_modules, linears)
+    names = matching(lora.target_modules, linears)
     if lora_layers(model):
         raise SettingsError("this model has an adapter already", where="attach", fix="load the base anew")
     model.requires_grad_(False)
@@ -145,7 +145,10 @@ def attach(model: nn.Module, lora: LoraSettings, seed: int) -> list[str]:
     return names
 
 
-def _matching(targets: tuple[str, ...], linears: dict[str, nn.Linear]) -> list[str]:
+def matching(targets: Iterable[str], linears: Iterable[str]) -> list[str]:
+    """The linears' full names that end with one of the targets, in order; SettingsError for a target without any."""
+    linears = list(linears)
+
     def fits(name: str, target: str) -> bool:
         return name == target or name.endswith(f".{target}")
 

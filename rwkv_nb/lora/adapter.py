@@ -1,0 +1,169 @@
+"""Adapter files: a safetensors file that says by itself how it is applied, and to which base.
+
+Tensors: `blocks.0.att.key.lora_A` [R,in], `….lora_B` [out,R], fp32. Nobody retypes alpha: it is in the file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from ..config import LoraSettings
+from ..errors import AdapterError, SettingsError
+from ..model.shape import Shape
+from ..runs import write_with
+from .layers import attach, lora_layers, matching
+
+FORMAT, VERSION = "rwkv_nb", 1
+
+
+@dataclass(frozen=True)
+class AdapterMeta:
+    """What an adapter file says about itself."""
+
+    r: int
+    lora_alpha: float
+    target_modules: tuple[str, ...]
+    base_shape: Shape
+    base_fingerprint: str
+    base_name: str             # the base's file name, for people
+    template: str
+    tokenizer: str
+    epoch: int
+    step: int
+
+    def lora_settings(self) -> LoraSettings:
+        """What attach() needs; no dropout, for an adapter that is used as it is."""
+        return LoraSettings(self.r, self.lora_alpha, 0.0, self.target_modules)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter file in memory. tensors: lora_A and lora_B by key, fp32, on the CPU."""
+
+    tensors: dict[str, Tensor]
+    meta: AdapterMeta
+    path: Path
+
+    @property
+    def scale(self) -> float:
+        """α/R"""
+        return self.meta.lora_alpha / self.meta.r
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """lora_A and lora_B by key, the model's own tensors."""
+    return {f"{name}.{part}": getattr(layer, part).detach() for name, layer in lora_layers(model).items()
+            for part in ("lora_A", "lora_B")}
+
+
+def save_adapter(path: str | Path, model: nn.Module, lora: LoraSettings, *, base_path: str | Path,
+                 base_fingerprint: str, template: str, tokenizer: str, epoch: int, step: int) -> None:
+    """Write the adapter of `model` (an RWKV7 with attach() done) whole. Raises RunError when the disk is full."""
+    meta = AdapterMeta(lora.r, float(lora.lora_alpha), tuple(lora.target_modules), model.shape, base_fingerprint,
+                       Path(base_path).name, template, tokenizer, epoch, step)
+    words = {k: json.dumps(v) for k, v in dataclasses.asdict(meta).items()}
+    tensors = {k: v.cpu().contiguous() for k, v in adapter_tensors(model).items()}
+    data = save(tensors, metadata={"format": FORMAT, "version": str(VERSION), **words})
+    write_with(Path(path), lambda temporary: temporary.write_bytes(data))
+
+
+def load_adapter(path: str | Path) -> Adapter:
+    """Read an adapter file. Raises AdapterError for one that is absent, cut off, damaged or of another kind."""
+    path = Path(path)
+    if not path.is_file():
+        raise AdapterError("there is no such file", where=path, fix="train first, or check the adapter's path")
+    try:
+        with safe_open(path, "pt") as f:
+            words, tensors = f.metadata() or {}, {key: f.get_tensor(key) for key in f.keys()}
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        raise AdapterError(f"the file is damaged, cut off or no safetensors file ({error})", where=path,
+                           fix="copy it again, or use an adapter saved earlier") from error
+    if (words.get("format"), words.get("version")) != (FORMAT, str(VERSION)):
+        raise AdapterError(f"this is not an adapter of {FORMAT}, format {VERSION} (it says {words.get('format')!r}, "
+                           f"{words.get('version')!r})", where=path, fix="use an adapter-*.safetensors file of a run")
+    meta = _read_meta(words, path)
+    for key, tensor in tensors.items():
+        if tensor.dtype != torch.float32 or not tensor.isfinite().all():
+            raise AdapterError("holds values that are not finite fp32 numbers", where=f"{path}: {key}",
+                               fix="use an adapter saved earlier")
+    return Adapter(tensors, meta, path)
+
+
+def _read_meta(words: Mapping[str, str], path: Path) -> AdapterMeta:
+    """The metadata's JSON, with its types checked."""
+    try:
+        values = {f.name: json.loads(words[f.name]) for f in dataclasses.fields(AdapterMeta)}
+        values["base_shape"] = Shape(**values["base_shape"])
+        values["target_modules"] = tuple(values["target_modules"])
+        meta = AdapterMeta(**values)
+        names = (*meta.target_modules, meta.base_fingerprint, meta.base_name, meta.template, meta.tokenizer)
+        sane = (type(meta.r) is int and meta.r > 0 and type(meta.lora_alpha) is float
+                and math.isfinite(meta.lora_alpha) and meta.target_modules and all(type(n) is str for n in names))
+        if not sane:
+            raise ValueError(f"r {meta.r!r}, lora_alpha {meta.lora_alpha!r}, target_modules {meta.target_modules!r}")
+        return meta
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
+        raise AdapterError(f"its description cannot be read ({error})", where=path,
+                           fix="use an adapter saved earlier") from error
+
+
+def check_adapter(adapter: Adapter, shape: Shape, fingerprint: str, *, allow_other_base=False) -> list[str]:
+    """The linears that the adapter belongs to. Raises AdapterError unless it was trained on this base and is whole.
+
+    allow_other_base lets another base of the same shape pass, such as one that was trained a little further.
+    """
+    meta = adapter.meta
+    if meta.base_shape != shape:
+        sizes = [f"{s.version}, {s.n_layer} layers of {s.n_embd}, {s.vocab_size} tokens"
+                 for s in (meta.base_shape, shape)]
+        sizes = sizes if sizes[0] != sizes[1] else [str(meta.base_shape), str(shape)]
+        raise AdapterError(f"this adapter was trained on {meta.base_name} ({sizes[0]}); this base is {sizes[1]}",
+                           where=adapter.path, fix=f"load {meta.base_name}")
+    if meta.base_fingerprint != fingerprint and not allow_other_base:
+        raise AdapterError(f"this adapter was trained on {meta.base_name} (fingerprint {meta.base_fingerprint}); this "
+                           f"base has the same shape and other weights (fingerprint {fingerprint})",
+                           where=adapter.path, fix=f"load {meta.base_name}, or try it here with allow_other_base=True")
+    linears = {key.removesuffix(".weight"): size for key, size in shape.key_shapes().items()
+               if key.endswith(".weight") and len(size) == 2 and key != "emb.weight"}
+    try:
+        names = matching(meta.target_modules, linears)
+    except SettingsError as error:
+        raise AdapterError(error.what, where=adapter.path, fix=error.fix) from error
+    expected = {}
+    for name in names:
+        expected |= {f"{name}.lora_A": (meta.r, linears[name][1]), f"{name}.lora_B": (linears[name][0], meta.r)}
+    _check_tensors(adapter, expected)
+    return names
+
+
+def _check_tensors(adapter: Adapter, expected: Mapping[str, tuple[int, int]]) -> None:
+    got = adapter.tensors
+    wrong = [f"missing: {k}" for k in expected if k not in got] + [f"unexpected: {k}" for k in got if k not in expected]
+    wrong += [f"{k} is {list(got[k].shape)}, expected {list(size)}" for k, size in expected.items()
+              if k in got and tuple(got[k].shape) != size]
+    if wrong:
+        raise AdapterError(f"{len(wrong)} of its keys do not fit its own description:\n  " + "\n  ".join(wrong),
+                           where=adapter.path, fix="use an adapter saved earlier")
+
+
+def apply_adapter(model: nn.Module, adapter: Adapter, base_fingerprint: str, *, allow_other_base=False) -> nn.Module:
+    """Attach the adapter to a bare RWKV7, in place; returns the model. Switch it with lora.layers.strength.
+
+    base_fingerprint: model.fingerprint() of the file that the model came from. Raises AdapterError for another base
+    and for keys that do not fit; the model is untouched then.
+    """
+    check_adapter(adapter, model.shape, base_fingerprint, allow_other_base=allow_other_base)
+    attach(model, adapter.meta.lora_settings(), seed=0)
+    for key, own in adapter_tensors(model).items():
+        own.copy_(adapter.tensors[key])
+    return model
