@@ -19,7 +19,7 @@ from ..config import LiveSettings, Settings, check
 from ..data.batches import Batches
 from ..data.sources import open_documents
 from ..errors import SettingsError, TrainingError
-from ..lora.adapter import save_adapter
+from ..lora.adapter import adapter_tensors, save_adapter
 from ..lora.layers import adapter_parameters, attach, set_dropout_step
 from ..lora.merge import merge
 from ..model import fingerprint, load_model
@@ -167,14 +167,10 @@ class Trainer:
         merge(s.train.load_model, adapter, self.run.merged_file(name), prove=False)
         return [adapter, self.run.merged_file(name)]
 
-    def adapter_tensors(self) -> dict:
-        """lora_A and lora_B by key."""
-        return {k: v for k, v in self.model.state_dict().items() if k.endswith(("lora_A", "lora_B"))}
-
     def checkpoint(self, live: LiveSettings) -> Checkpoint:
         """All that resume() needs."""
         return Checkpoint(
-            step=self.step, adapter=self.adapter_tensors(), optimizer=self.optimizer.state_dict(),
+            step=self.step, adapter=adapter_tensors(self.model), optimizer=self.optimizer.state_dict(),
             data=self._position, epoch_loss=list(self.epoch_loss), live=dataclasses.asdict(live),
             settings=dataclasses.asdict(self.settings), base=self.base, log_sizes=self.logs.sizes(),
             finished=self.step >= self.total_steps)

@@ -2,10 +2,10 @@
 
 import asyncio
 import json
-import time
 
 import pytest
 import torch
+from training import TIMING, steps, train, until
 
 from rwkv_nb.config import LiveSettings, replace
 from rwkv_nb.errors import RunError, SettingsError, TrainingError
@@ -14,24 +14,6 @@ from rwkv_nb.model import load_model, load_weights
 from rwkv_nb.runs import Run
 from rwkv_nb.train.schedule import learning_rate
 from rwkv_nb.train.session import TrainSession
-
-TIMING = ("tokens_per_s", "peak_memory_mb")
-
-
-def train(run, settings, **options):
-    return TrainSession(Run(run), settings, **options).start().join()
-
-
-def steps(rows):
-    """Rows of steps, without what the clock decides."""
-    return [{k: v for k, v in row.items() if k not in TIMING} for row in rows if "loss" in row]
-
-
-def until(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.01)
 
 
 def test_a_run_leaves_logs_adapters_and_a_merged_model(tmp_path, settings, base):
@@ -127,7 +109,7 @@ def test_a_finished_run_is_moved_aside_not_overwritten(tmp_path, settings):
     end = train(tmp_path, replace(settings, epoch_count=1, r=2))
     assert any("previous-1" in notice for notice in end.notices)
     assert (tmp_path / "previous-1" / "metrics.jsonl").read_text() == before
-    assert load_adapter(Run(tmp_path).last_adapter()).meta["r"] == 2
+    assert load_adapter(Run(tmp_path).last_adapter()).meta.r == 2
 
 
 def test_resume_refuses_other_settings_by_name(tmp_path, settings):

@@ -1,0 +1,60 @@
+"""The command line: the same engine, the tutorial's names, clear refusals."""
+
+import json
+
+import pytest
+import torch
+
+from rwkv_nb.cli import main
+from rwkv_nb.lora.adapter import load_adapter
+from rwkv_nb.model import load_weights
+from rwkv_nb.runs import Run
+
+
+def flags(settings, run, **more):
+    values = {"load_model": settings.train.load_model, "data_file": settings.data.data_file, "proj_dir": run,
+              "ctx_len": 64, "micro_bsz": 4, "epoch_count": 1, **more}
+    return [str(x) for name, value in values.items() for x in (f"--{name}", value)]
+
+
+def test_train_then_merge(tmp_path, settings, capsys):
+    config = json.dumps({"r": 8, "lora_alpha": 32, "lora_dropout": 0.05})
+    assert main(["train", *flags(settings, tmp_path / "run", peft_config=config, data_type="jsonl")]) == 0
+    assert "finished" in capsys.readouterr().out
+    run = Run(tmp_path / "run")
+    meta = load_adapter(run.last_adapter()).meta
+    assert (meta.r, meta.lora_alpha) == (8, 32)
+    out = tmp_path / "merged.pth"
+    assert main(["merge", "--load_model", settings.train.load_model, "--adapter", str(run.folder),
+                 "--output", str(out)]) == 0
+    merged, at_save = load_weights(out), load_weights(run.merged_file(1))
+    assert all(torch.equal(merged[key], at_save[key]) for key in at_save)
+
+
+def test_data_file_without_its_suffix(tmp_path, settings):
+    assert main(["train", *flags(settings, tmp_path, data_file=settings.data.data_file.removesuffix(".jsonl"))]) == 0
+
+
+def test_a_run_goes_on_from_its_own_settings(tmp_path, settings):
+    Run(tmp_path).save_settings(settings)
+    assert main(["train", "--proj_dir", str(tmp_path), "--epoch_count", "1"]) == 0
+    assert load_adapter(Run(tmp_path).last_adapter()).meta.r == 4
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["train", "--micro_bz", "3"], "did you mean --micro_bsz"),
+    (["train", "--r", "many"], "invalid int"),
+    (["train", "--precision", "fp8"], "fp32"),
+    (["train", "--proj_dir", "x", "--r", "0"], "at least 1"),
+    (["train", "--peft_config", "{r:8}"], "not JSON"),
+    (["train", "--load_model", "a.pth"], "proj_dir is not given"),
+    (["train", "--load_model", "no.pth", "--data_file", "no", "--proj_dir", "x"], "no such file"),
+    (["trian"], "train"),
+])
+def test_mistakes_are_answered_with_the_mend(tmp_path, monkeypatch, capsys, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert said in error
+    assert "Traceback" not in error
