@@ -1,0 +1,175 @@
+"""Writes the text of the quickstart, all of it from words.toml, prose.txt and the sentences below.
+
+    python data_samples/make_texts.py        # writes the three jsonl files beside it
+
+base_text    endless text for the tiny base: biographies, records, stories, chats, some Chinese, prose
+person_task  the fine-tuning task: a sentence about a person in, a line of JSON out
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+_FILE = tomllib.loads((HERE / "words.toml").read_text(encoding="utf-8"))
+WORDS = {kind: text.split() for kind, text in _FILE["words"].items()}
+HELD = {kind: text.split() for kind, text in _FILE["held"].items()}
+TEMPLATES = _FILE["templates"]
+SHARES = {"people": 24, "records": 22, "stories": 18, "chats": 10, "chinese": 18, "prose": 8}  # of 100 documents
+
+# The 3755 common characters of GB 2312, for Chinese names and words; the held-out ones are taken out.
+COMMON = [c for row in range(0xB0, 0xD8) for col in range(0xA1, 0xFF)
+          if (c := bytes([row, col]).decode("gb2312", "ignore")) and c not in HELD["given"] + HELD["surname"]]
+
+
+def made_up_word(rng: random.Random, low=2, high=3) -> str:
+    """A pronounceable word: copying it takes reading it, not knowing it."""
+    syllables = (rng.choice(("", "b", "d", "f", "g", "h", "k", "l", "m", "n", "p", "r", "s", "t", "v", "w", "z", "br",
+                             "dr", "gr", "kl", "st", "tr", "sh", "ch", "j", "y", "qu", "x")) + rng.choice("aeiouaeiouy")
+                 for _ in range(rng.randint(low, high)))
+    return "".join(syllables) + rng.choice(("", "", "n", "r", "s", "l", "m", "t", "ck", "th", "nd"))
+
+
+def english_name(rng: random.Random, words=WORDS, made_up=0.5) -> tuple[str, str]:
+    """(first, last); a share of the parts is made up of syllables."""
+    parts = [made_up_word(rng).capitalize() if rng.random() < made_up else rng.choice(words[kind])
+             for kind in ("first", "last")]
+    return parts[0], parts[1]
+
+
+def chinese_name(rng: random.Random, surnames=WORDS["surname"], given=COMMON) -> str:
+    return rng.choice(surnames) + "".join(rng.choice(given) for _ in range(rng.choice((1, 2, 2))))
+
+
+class Facts(dict):
+    """The words of one document: facts["thing1"] is drawn on first use and stays."""
+
+    def __init__(self, rng: random.Random):
+        super().__init__()
+        self.rng = rng
+
+    def __missing__(self, slot: str) -> str:
+        kind, number = re.fullmatch(r"([A-Za-z]+)(\d*)", slot).groups()
+        rng = self.rng
+        if kind in ("name", "first", "last"):
+            first, last = english_name(rng)
+            self.update({f"name{number}": f"{first} {last}", f"first{number}": first, f"last{number}": last})
+        elif kind in ("he", "He", "his", "His"):
+            she = rng.random() < 0.5
+            self.update({f"he{number}": "she" if she else "he", f"his{number}": "her" if she else "his",
+                         f"He{number}": "She" if she else "He", f"His{number}": "Her" if she else "His"})
+        else:
+            drawn = (self._word(kind) for _ in range(50))
+            self[slot] = next((word for word in drawn if word not in self.values()), None) or self._word(kind)
+        return self[slot]
+
+    def _word(self, kind: str) -> str:
+        rng = self.rng
+        if kind == "age":
+            return str(rng.randint(1, 99))
+        if kind == "number":
+            return str(rng.randint(0, 10 ** rng.randint(1, 5)))
+        if kind == "hour":
+            return f"{rng.randint(1, 23)}:{rng.randint(0, 59):02d}"
+        if kind == "price":
+            return f"{rng.randint(0, 99)}.{rng.randint(0, 99):02d}"
+        if kind == "code":
+            return "".join(rng.choice("ABCDEFGHJKLMNPQRSTUVWXYZ0123456789abcdefghijkmnopqrstuvwxyz-_/+")
+                           for _ in range(rng.randint(3, 8)))
+        if kind == "word":
+            return made_up_word(rng, 1, 4)
+        if kind == "zword":
+            return "".join(rng.choice(COMMON) for _ in range(rng.randint(1, 4)))
+        if kind == "zname":
+            return chinese_name(rng)
+        if kind == "city" and rng.random() < 0.3:
+            return made_up_word(rng).capitalize()
+        return rng.choice(WORDS[kind])
+
+
+def fill(template: str, facts: Facts) -> str:
+    """Choose among (a|b|c), then put words into the {slots}."""
+    text = re.sub(r"\(([^()]*\|[^()]*)\)", lambda m: facts.rng.choice(m[1].split("|")), template)
+    return re.sub(r"\{([A-Za-z]+\d*)\}", lambda m: facts[m[1]], text)
+
+
+def prose(held_out: bool) -> list[str]:
+    """Paragraphs of prose.txt; every eighth is kept for the held-out text."""
+    paragraphs = [p.strip() for p in (HERE / "prose.txt").read_text(encoding="utf-8").split("\n\n") if p.strip()]
+    return [p for i, p in enumerate(paragraphs) if (i % 8 == 7) == held_out]
+
+
+def base_text(seed: int, *, held_out: bool = False) -> Iterator[str]:
+    """Endless documents of general text, the same for the same seed."""
+    rng = random.Random(seed)
+    paragraphs = prose(held_out)
+    while True:
+        kind = rng.choices(list(SHARES), SHARES.values())[0]
+        if kind == "prose":
+            yield rng.choice(paragraphs)
+        else:
+            yield fill(rng.choice(TEMPLATES[kind]), Facts(rng))
+
+
+# ---- the fine-tuning task ----
+
+ASKED = {
+    "en": ["{name} lives in {city} and is {age} years old.", "{name}, {age}, lives in {city}.",
+           "At {age}, {name} still lives in {city}.", "In {city} you can meet {name}, who is {age}.",
+           "{name} is {age} years old. Home is {city}.", "My neighbour here in {city} is called {name} and is {age}.",
+           "Please note: {name} from {city}, age {age}.", "I am {name}, {age} years old, and I live in {city}.",
+           "{city} is where {name} lives, now aged {age}.", "The {age}-year-old {name} has moved to {city}."],
+    "zh": ["{name}住在{city}，今年{age}岁。", "今年{age}岁的{name}住在{city}。", "我叫{name}，{age}岁，家在{city}。",
+           "{city}的{name}今年{age}岁了。"],
+}
+
+
+def example(language: str, name: str, city: str, age: int, rng: random.Random) -> str:
+    """One chat document: the sentence, and the answer as JSON."""
+    sentence = rng.choice(ASKED[language]).format(name=name, city=city, age=age)
+    answer = json.dumps({"name": name, "city": city, "age": age}, ensure_ascii=False)
+    return f"User: {sentence}\n\nAssistant: {answer}"
+
+
+def person_task(seed: int, n_train: int, n_heldout: int, chinese: float = 0.25) -> tuple[list[str], list[str]]:
+    """(train, held-out) documents. No name occurs in both; half of the held-out names are made of parts that
+    neither the base nor the training documents ever contained."""
+    rng = random.Random(seed)
+    seen, made = set(), []
+    for i in range(n_train + n_heldout):
+        words = HELD if i >= n_train and i % 2 == 0 else WORDS
+        language = "zh" if rng.random() < chinese else "en"
+        while True:
+            if language == "zh":
+                name = chinese_name(rng, words["surname"], words.get("given", COMMON))
+            else:
+                name = " ".join(english_name(rng, words, 0.0 if words is HELD else 0.3))
+            if name not in seen:
+                break
+        seen.add(name)
+        kind = "city" if language == "en" else "zcity"
+        made.append(example(language, name, rng.choice(words[kind]), rng.randint(18, 89), rng))
+    return made[:n_train], made[n_train:]
+
+
+def write_jsonl(path: Path, documents: list[str]) -> None:
+    lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents)
+    path.write_text("".join(lines), encoding="utf-8")
+    print(f"{path.name}: {len(documents)} documents, {path.stat().st_size / 1e3:.0f} kB")
+
+
+def main() -> None:
+    train, heldout = person_task(seed=7, n_train=1500, n_heldout=200)
+    general = base_text(seed=2_000_000_011, held_out=True)
+    write_jsonl(HERE / "quickstart_train.jsonl", train)
+    write_jsonl(HERE / "quickstart_heldout.jsonl", heldout)
+    write_jsonl(HERE / "general_heldout.jsonl", [next(general) for _ in range(300)])
+
+
+if __name__ == "__main__":
+    main()

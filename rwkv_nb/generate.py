@@ -1,0 +1,136 @@
+"""Text from a model, token by token from a state: memory does not grow with the text."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .errors import SettingsError
+from .model.rwkv7 import RWKV7, State
+from .wkv import pick_op
+
+PREFILL = 512  # tokens of a prompt that are read at once
+
+
+def generate(model: RWKV7, tokenizer, prompts: Sequence[str], *, max_tokens: int, temperature: float = 0.0,
+             top_p: float = 1.0, stop: Sequence[str] = ("\n\n",), seed: int = 0, op: str = "auto",
+             batch: int = 64) -> list[str]:
+    """What the model writes after each prompt, in the prompts' order.
+
+    max_tokens: at most this many tokens each; token 0 or a stop text ends a row earlier (neither is returned)
+    temperature: 0 takes the likeliest token; top_p: sample from the likeliest tokens that hold this share
+    seed: row i draws from a generator of its own, seeded with seed + i, so `batch` changes nothing
+    batch: rows worked on at once. Raises SettingsError for a sampling value out of range.
+    """
+    _check(temperature, top_p)
+    rows = [_Row(prompt, tokenizer, seed + i, max_tokens, stop) for i, prompt in enumerate(prompts)]
+    order = sorted(rows, key=lambda row: len(row.prompt)) if max_tokens > 0 else []
+    for i in range(0, len(order), batch):
+        for _ in _run(model, order[i:i + batch], temperature, top_p, op):
+            pass
+    return [row.text for row in rows]
+
+
+def stream(model: RWKV7, tokenizer, prompt: str, *, max_tokens: int, temperature: float = 0.0, top_p: float = 1.0,
+           stop: Sequence[str] = ("\n\n",), seed: int = 0, op: str = "auto") -> Iterator[str]:
+    """The same for one prompt, yielded in pieces of whole characters as they come."""
+    _check(temperature, top_p)
+    row, shown = _Row(prompt, tokenizer, seed, max_tokens, stop), 0
+    for _ in _run(model, [row], temperature, top_p, op) if max_tokens > 0 else ():
+        sure = len(row.text) - (0 if row.done else row.possible_stop())
+        if sure > shown:
+            yield row.text[shown:sure]
+            shown = sure
+
+
+class _Row:
+    """One prompt, what was written after it, and whether that is finished."""
+
+    def __init__(self, prompt: str, tokenizer, seed: int, max_tokens: int, stop: Sequence[str]):
+        self.prompt = tokenizer.encode(prompt) or [0]  # 0 closes a document, so it opens one as well
+        self.streamer, self.text = tokenizer.streamer(), ""
+        self.left, self.stop, self.done = max_tokens, tuple(stop), False
+        self.random = torch.Generator().manual_seed(seed)
+
+    def push(self, token: int) -> None:
+        self.left -= 1
+        self.done = token == 0 or self.left <= 0
+        before = len(self.text)
+        if token:
+            self.text += self.streamer.push(token)
+        if self.done:
+            self.text += self.streamer.finish()
+        found = [at for s in self.stop if (at := self.text.find(s, max(0, before - len(s) + 1))) >= 0]
+        if found:
+            self.text, self.done = self.text[:min(found)], True
+
+    def possible_stop(self) -> int:
+        """How many characters at the end may be the beginning of a stop text."""
+        return max((n for s in self.stop for n in range(1, len(s)) if self.text.endswith(s[:n])), default=0)
+
+
+@torch.inference_mode()
+def _run(model: RWKV7, rows: list[_Row], temperature: float, top_p: float, op: str) -> Iterator[None]:
+    """Write all rows to their ends, yielding after each token.
+
+    The shortest prompt's length is read at once; then a row that is still in its prompt is fed that, another its own
+    token. Finished rows leave the batch.
+    """
+    device = model.emb.weight.device
+    # One step of the chunked form is the definition with more work around it.
+    step_op = "torch" if pick_op(op, device, model.emb.weight.dtype) == "chunked" else op
+    with eval_mode(model):
+        fed, state = min(len(row.prompt) for row in rows), None
+        for start in range(0, fed, PREFILL):
+            part = [row.prompt[start:min(start + PREFILL, fed)] for row in rows]
+            hidden, state = model.hidden(torch.tensor(part, device=device), state, op=op)
+        while True:
+            chosen = _choose(model.head(hidden[:, -1]).float(), rows, fed, temperature, top_p)
+            for row, token in zip(rows, chosen, strict=True):
+                if fed >= len(row.prompt):
+                    row.push(token)
+            yield
+            going = [i for i, row in enumerate(rows) if not row.done]
+            if not going:
+                return
+            if len(going) < len(rows):
+                rows, chosen = [rows[i] for i in going], [chosen[i] for i in going]
+                state = State(*(part[:, going] for part in state))
+            hidden, state = model.hidden(torch.tensor(chosen, device=device)[:, None], state, op=step_op)
+            fed += 1
+
+
+def _choose(logits: Tensor, rows: list[_Row], fed: int, temperature: float, top_p: float) -> list[int]:
+    """logits [B,V] → each row's next token: from its prompt while that lasts, else the model's choice."""
+    best = logits.argmax(-1).tolist() if temperature == 0 else [None] * len(rows)
+    return [row.prompt[fed] if fed < len(row.prompt) else
+            token if token is not None else _sample(logits[i].cpu(), row.random, temperature, top_p)
+            for i, (row, token) in enumerate(zip(rows, best, strict=True))]
+
+
+def _sample(logits: Tensor, random: torch.Generator, temperature: float, top_p: float) -> int:
+    """logits [V] → a token drawn from the smallest set of likeliest tokens that holds top_p (the nucleus;
+    Holtzman et al. 2020, arXiv 1904.09751)."""
+    p, tokens = torch.softmax(logits / temperature, -1).sort(descending=True)
+    p[1:][p.cumsum(0)[:-1] >= top_p] = 0
+    return int(tokens[torch.multinomial(p, 1, generator=random)])
+
+
+def _check(temperature: float, top_p: float) -> None:
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise SettingsError(f"temperature {temperature}, top_p {top_p} cannot be sampled with", where="generate",
+                            fix="temperature ≥ 0 (0 takes the likeliest token), 0 < top_p ≤ 1")
+
+
+@contextlib.contextmanager
+def eval_mode(model: RWKV7):
+    """Dropout off meanwhile."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
