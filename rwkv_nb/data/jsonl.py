@@ -63,7 +63,7 @@ def _scan(path: Path) -> Iterator[tuple[int, str] | Problem]:
                 line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
                 if line.strip():
                     empty = False
-                    found = _parse(line)
+                    found = _parse(line.rstrip(b"\r\n"))
                     yield Problem(number, *found) if isinstance(found, tuple) else (number, found)
     except OSError as error:
         raise DataError(f"the file cannot be read ({error.strerror})", where=path, fix="check its name") from error
@@ -76,7 +76,7 @@ def _parse(line: bytes) -> str | tuple[str, str]:
     try:
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        return f"byte {error.start + 1} is not UTF-8: save the file as UTF-8", _around(line, error.start)
+        return f"byte {error.start + 1} is not UTF-8 (GBK perhaps): save the file as UTF-8", _around(line, error.start)
     except json.JSONDecodeError as error:
         at = len(error.doc[:error.pos].encode("utf-8"))
         return f"this is not JSON: {error.msg}, column {error.colno}", _around(line, at)
@@ -97,7 +97,7 @@ def _parse(line: bytes) -> str | tuple[str, str]:
 
 def _around(line: bytes, at: int, width: int = 30) -> str:
     """Some text left and right of a byte, on one line."""
-    text = line.rstrip(b"\r\n")
-    start, stop = max(at - width, 0), at + width
-    left, right = "…" if start else "", "…" if stop < len(text) else ""
-    return left + text[start:stop].decode("utf-8", errors="replace") + right
+    start = max(at - width, 0)
+    stop = start + 2 * width
+    left, right = "…" if start else "", "…" if stop < len(line) else ""
+    return left + line[start:stop].decode("utf-8", errors="replace") + right

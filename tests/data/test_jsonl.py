@@ -66,6 +66,8 @@ def test_the_text_around_a_mistake_is_shown(tmp_path):
     path.write_text('{"text": "' + "长" * 200 + '" oops ' + "y" * 200 + "}")
     (problem,) = check_jsonl(path)
     assert "oops" in problem.text and problem.text[0] == problem.text[-1] == "…" and len(problem.text) < 70
+    path.write_text('{"text": "abc"\n')
+    assert check_jsonl(path)[0].what.endswith("column 15")
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n", b"\xef\xbb\xbf"])
