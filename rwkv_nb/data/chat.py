@@ -90,15 +90,3 @@ def prompt(text: str, template: str | Template = "chat") -> str:
     if template.learnt:
         text = re.sub(r"(?:\r?\n\s*)+", "\n", text.strip())
     return template.question.replace("{text}", text)
-
-
-def split_answer(text: str, template: str | Template = "chat") -> tuple[str, str]:
-    """A document as (prompt, answer): all up to the last learnt turn's marker, and what follows, stripped.
-
-    A text without a learnt turn gives ("", text).
-    """
-    template = get_template(template) if isinstance(template, str) else template
-    data = text.encode("utf-8")
-    spans = trained_spans(data, template)
-    cut = spans[-1][0] if spans else 0
-    return data[:cut].decode("utf-8"), data[cut:].decode("utf-8").strip()

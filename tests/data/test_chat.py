@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkv_nb.data.chat import TEMPLATES, loss_mask, prompt, split_answer
+from rwkv_nb.data.chat import TEMPLATES, loss_mask, prompt
 from rwkv_nb.errors import SettingsError
 from rwkv_nb.tokenizer import ByteTokenizer, WorldTokenizer
 
@@ -81,11 +81,3 @@ def test_prompt_keeps_to_one_turn():
     assert TEMPLATES["chat"].stop == ("\n\n",)
     with pytest.raises(SettingsError, match="chat, plain"):
         prompt("hi", "alpaca")
-
-
-def test_split_answer():
-    assert split_answer("User: a\n\nAssistant: b\n\nUser: 你\n\nAssistant: 好 ") == (
-        "User: a\n\nAssistant: b\n\nUser: 你\n\nAssistant:", "好")
-    assert split_answer("a story") == ("", "a story")
-    question, _ = split_answer("User: hi\n\nAssistant: hello")
-    assert question == prompt("hi")
