@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
+
 import torch
 
 from ..errors import KernelError
+from . import kernels
+from .build import compiler_info
 from .reference import wkv7_chunked, wkv7_steps
+from .selftest import self_test
+
+__all__ = ["OPS", "compiler_info", "pick_op", "self_test", "wkv7"]
 
 OPS = ("auto", "torch", "chunked", "cpu")
 _FORMS = {"torch": wkv7_steps, "chunked": wkv7_chunked}
@@ -22,7 +30,9 @@ def wkv7(r, w, k, v, a, b, state=None, *, op="auto"):
     Differentiable in all seven. Raises KernelError for shapes that do not fit or an op that cannot run here.
     """
     _check_shapes(state, r=r, w=w, k=k, v=v, a=a, b=b)
-    op = pick_op(op, r, r.dtype)
+    op = pick_op(op, r.device, r.dtype)
+    if op == "cpu":
+        return kernels.wkv7_kernel(r, w, k, v, a, b, state)
     with torch.autocast(r.device.type, enabled=False):  # the state's sums stay float32
         return _FORMS[op](r, w, k, v, a, b, state)
 
@@ -30,11 +40,37 @@ def wkv7(r, w, k, v, a, b, state=None, *, op="auto"):
 def pick_op(op, device, dtype=torch.float32) -> str:
     """The op that `wkv7` will run: "torch", "chunked" or "cpu". device: a torch.device, its name, or a tensor.
 
-    Raises KernelError for a name that does not exist or cannot run on this device and dtype.
+    The first call may compile. "auto" without a compiler warns once and takes "chunked". Raises KernelError for a
+    name that does not exist or cannot run here.
     """
     if op not in OPS:
         raise KernelError(f"there is no WKV op {op!r}", fix=f"use one of {', '.join(OPS)}")
-    return "chunked" if op == "auto" else op
+    if op in _FORMS:
+        return op
+    device = torch.device(device.device if isinstance(device, torch.Tensor) else device)
+    fits = device.type == "cpu" and dtype in (torch.float32, torch.bfloat16, torch.float16)
+    if op == "auto":
+        return "cpu" if fits and _cpu_kernel_works() else "chunked"
+    if not fits:
+        raise KernelError(f'WKV op "cpu" does not take {dtype} on {device.type}', where="op",
+                          fix='use op "auto", or float32, bfloat16 or float16 tensors on the CPU')
+    kernels.load()
+    return op
+
+
+@torch.compiler.assume_constant_result
+def _cpu_kernel_works() -> bool:
+    return _load_or_warn()
+
+
+@functools.cache
+def _load_or_warn() -> bool:
+    try:
+        kernels.load()
+    except KernelError as error:
+        warnings.warn(f"WKV runs in plain PyTorch, several times slower than its C++ kernel: {error}", stacklevel=2)
+        return False
+    return True
 
 
 def _check_shapes(state, **inputs):
