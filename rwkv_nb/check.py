@@ -1,0 +1,154 @@
+"""What this machine has for fine-tuning, line by line, each good or with its mend. Notebook 00 shows it."""
+
+from __future__ import annotations
+
+import html
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from packaging.requirements import Requirement
+
+from .wkv import compiler_info, self_test
+
+OLDEST_PYTHON = (3, 11)
+
+
+class Finding(NamedTuple):
+    """One line: what was looked at, what is there, and what to do about it ("" when it is good)."""
+
+    name: str
+    found: str
+    mend: str = ""
+    needed: bool = True   # False: everything works without it, only slower
+
+
+class Report(tuple[Finding, ...]):
+    """Findings, shown as a coloured table in a notebook and as lines in a terminal."""
+
+    @property
+    def everything_needed(self) -> bool:
+        """True when nothing that is needed is missing."""
+        return not any(f.mend and f.needed for f in self)
+
+    def __repr__(self) -> str:
+        width = max(len(f.name) for f in self)
+        return "\n".join(f"{_mark(f)} {f.name:{width}}  {f.found}" + (f"\n  {'':{width}}  → {f.mend}" if f.mend else "")
+                         for f in self)
+
+    def _repr_html_(self) -> str:
+        colours = {"✓": "#188038", "✗": "#c5221f", "!": "#b06000"}
+        rows = "".join(
+            f'<tr style="text-align:left"><td style="color:{colours[_mark(f)]};font-weight:bold">{_mark(f)}</td>'
+            f'<td style="text-align:left">{html.escape(f.name)}</td><td style="text-align:left">{html.escape(f.found)}'
+            + (f"<br>→ <b>{html.escape(f.mend)}</b>" if f.mend else "") + "</td></tr>" for f in self)
+        return f"<table>{rows}</table>"
+
+
+def _mark(finding: Finding) -> str:
+    return "✓" if not finding.mend else "✗" if finding.needed else "!"
+
+
+def check_machine(folder: str | Path = ".", *, disk_gb: float = 2, memory_gb: float = 2) -> Report:
+    """Look at everything that fine-tuning uses; the first time this compiles the C++ kernel (some seconds).
+
+    folder: where the runs will be written. disk_gb, memory_gb: what must be free there, and of memory, in 10⁹ bytes.
+    """
+    return Report([_python(), *_packages(), _system(Path(folder).resolve()), _cores(), _memory(memory_gb),
+                   _disk(Path(folder), disk_gb), _gpu(), _compiler(), *_kernels()])
+
+
+def _python() -> Finding:
+    mend = "" if sys.version_info >= OLDEST_PYTHON else "install Python 3.11 or newer and run `make lab` again"
+    return Finding("Python", f"{platform.python_version()} in {Path(sys.prefix).name}", mend)
+
+
+def _packages() -> Iterator[Finding]:
+    """One line for each package that pyproject.toml asks for."""
+    for text in importlib.metadata.requires("rwkv_nb") or ():
+        requirement = Requirement(text)
+        if requirement.marker is not None:   # extras, such as what the tests need
+            continue
+        try:
+            version = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            yield Finding(requirement.name, "not installed", "run `make lab`, which installs it")
+            continue
+        fits = requirement.specifier.contains(version, prereleases=True)
+        yield Finding(requirement.name, version, "" if fits else f"{requirement.specifier} is needed: run `make lab`, "
+                                                                 "which installs it")
+
+
+def _system(folder: Path) -> Finding:
+    wsl = "microsoft" in platform.release().lower()
+    slow = wsl and folder.is_relative_to("/mnt")
+    return Finding("System", f"{platform.system()} {platform.machine()}" + (", WSL" if wsl else ""),
+                   "this folder is on the Windows drive, slow from WSL: clone into your Linux home" if slow else "",
+                   needed=False)
+
+
+def _cores() -> Finding:
+    return Finding("CPU", f"{len(os.sched_getaffinity(0))} cores, torch uses {torch.get_num_threads()} threads, "
+                          f"{torch.backends.cpu.get_cpu_capability()}")
+
+
+def _memory(least: float) -> Finding:
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    total, free = (int(fields[name].split()[0]) * 1024 / 1e9 for name in ("MemTotal", "MemAvailable"))
+    return Finding("Memory", f"{free:.1f} of {total:.1f} GB free",
+                   "" if free >= least else f"close other programs: {least:g} GB should be free")
+
+
+def _disk(folder: Path, least: float) -> Finding:
+    free = shutil.disk_usage(folder).free / 1e9
+    return Finding("Disk", f"{free:.1f} GB free in this folder",
+                   "" if free >= least else f"make room: {least:g} GB should be free, real models need more")
+
+
+def _gpu() -> Finding:
+    """GPUs that torch can use, or why there is none."""
+    if torch.cuda.is_available():
+        driver = _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+        return Finding("GPU", "; ".join(f"{card.name}, {card.total_memory / 1e9:.0f} GB" for card in cards)
+                       + (f"; driver {driver}" if driver else ""))
+    there = _first_line("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
+    if not there:
+        return Finding("GPU", "none: the CPU is used")
+    why = "this torch is a build for the CPU: install one for CUDA" if torch.version.cuda is None else \
+        f"torch is built for CUDA {torch.version.cuda}: update the driver, or install a torch for an older CUDA"
+    return Finding("GPU", f"{there} is here, but torch cannot use it", why, needed=False)
+
+
+def _compiler() -> Finding:
+    info = compiler_info()
+    if not info["compiler"]:
+        return Finding("C++ compiler", "none: the chunked PyTorch form is used, which is slower", needed=False,
+                       mend="Debian, Ubuntu, WSL: sudo apt install g++ · conda: conda install -c conda-forge gxx")
+    return Finding("C++ compiler", info["version"])
+
+
+def _kernels() -> Iterator[Finding]:
+    """Every way to compute WKV-7 against its definition in float64; the C++ kernel is built if it is not yet."""
+    for op, error, right, why_not in self_test():
+        if why_not:
+            yield Finding(f'WKV-7 "{op}"', "cannot run here", why_not, needed=False)
+        else:
+            yield Finding(f'WKV-7 "{op}"', f"self-test: largest error {error:.0e}",
+                          "" if right else "it computes wrong numbers: use another op, and please report it")
+
+
+def _first_line(*command: str) -> str:
+    """The first line that a program prints, "" when it is not there or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout else ""
