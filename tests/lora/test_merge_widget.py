@@ -1,0 +1,51 @@
+"""The strength slider answers what generate answers at that strength; the score picture can be drawn."""
+
+import pytest
+from lora_files import make_adapter
+
+from rwkv_nb.data.chat import prompt
+from rwkv_nb.generate import generate
+from rwkv_nb.lora.layers import lora_layers, strength
+from rwkv_nb.tokenizer import get_tokenizer
+from rwkv_nb.widgets.merge import StrengthSlider, score_figure
+from rwkv_nb.widgets.plots import png
+
+BYTES = get_tokenizer("byte")
+
+
+@pytest.fixture
+def model(lively, tmp_path):
+    return make_adapter(tmp_path / "a.safetensors", lively)[1]
+
+
+def test_each_strength_writes_its_answer(model):
+    slider = StrengthSlider(model, BYTES, "Hello?", max_tokens=12)
+    for value in (1.0, 0.0, 1.5):
+        slider.slider.value = value
+        written = slider.join()  # before the model is used here
+        with strength(model, value):
+            expected, = generate(model, BYTES, [prompt("Hello?")], max_tokens=12)
+        assert written == expected.strip()
+    assert {layer.strength for layer in lora_layers(model).values()} == {1.0}
+
+
+def test_the_last_of_many_changes_wins(model):
+    slider = StrengthSlider(model, BYTES, "one", max_tokens=200)
+    for value in (0.2, 0.9, 0.4):
+        slider.slider.value = value
+    slider.question.value = "two <b>"
+    written = slider.join()
+    with strength(model, 0.4):
+        expected, = generate(model, BYTES, [prompt("two <b>")], max_tokens=200)
+    assert written == expected.strip()
+    assert "strength 0.4" in slider.answer.value
+
+
+def test_an_error_is_shown_in_place_of_the_answer(model):
+    slider = StrengthSlider(model, BYTES, "one", template="no such template")
+    slider.join()
+    assert "no such template" in slider.answer.value
+
+
+def test_score_picture():
+    assert png(score_figure((0.0, 0.985), (0.71, 0.72), 200)).startswith(b"\x89PNG")
