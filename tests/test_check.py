@@ -19,7 +19,7 @@ def test_this_machine_passes_its_own_tests(report):
 
 
 def test_too_little_disk_and_memory_are_said(tmp_path):
-    short = {finding.name: finding for finding in check_machine(tmp_path, disk_gb=99999, memory_gb=99999) if finding.mend}
+    short = {f.name: f for f in check_machine(tmp_path, disk_gb=99999, memory_gb=99999) if f.mend}
     assert {"Disk", "Memory"} <= set(short)
     assert "99999 GB" in short["Disk"].mend
 
