@@ -108,19 +108,23 @@ def read_shape(weights: Mapping) -> Shape:
                               fix="use an RWKV-7 (x070) base")
     layers = 1 + max(int(n[1]) for n in (re.match(r"blocks\.(\d+)\.", key) for key in weights) if n)
 
-    def size(key: str, dim: int) -> int:
-        if key not in weights:
-            raise CheckpointError("the key is missing, the file is not a whole model", where=key,
+    def size(dim: int, *keys: str) -> int:
+        """Size along dim of the first of these that is there: the others may be what check_keys has to name."""
+        key = next((key for key in keys if key in weights), None)
+        if key is None:
+            raise CheckpointError("the key is missing, the file is not a whole model", where=keys[0],
                                   fix="download or copy the base again")
         if weights[key].dim() <= dim or not weights[key].shape[dim]:
             raise CheckpointError(f"{key} is {list(weights[key].shape)}", where=key, fix="use an unchanged base model")
         return weights[key].shape[dim]
 
-    v_layer0 = size("blocks.0.att.v1", 1) if "blocks.0.att.v1" in weights else 0
+    def blocks(name: str, first: int = 0) -> list[str]:
+        return [f"blocks.{i}.{name}" for i in range(first, layers)]
+
+    v_layer0 = size(1, "blocks.0.att.v1") if "blocks.0.att.v1" in weights else 0
     return Shape(
-        n_layer=layers, n_embd=size("emb.weight", 1), vocab_size=size("emb.weight", 0),
-        rank_w=size("blocks.0.att.w1", 1), rank_a=size("blocks.0.att.a1", 1),
-        rank_v=size("blocks.1.att.v1", 1) if layers > 1 else v_layer0, rank_g=size("blocks.0.att.g1", 1),
-        ffn_dim=size("blocks.0.ffn.key.weight", 0), head_size=size("blocks.0.att.r_k", 1),
-        rank_v_layer0=v_layer0,
+        n_layer=layers, n_embd=size(1, "emb.weight", "head.weight"), vocab_size=size(0, "emb.weight", "head.weight"),
+        rank_w=size(1, *blocks("att.w1")), rank_a=size(1, *blocks("att.a1")),
+        rank_v=size(1, *blocks("att.v1", 1)) if layers > 1 else v_layer0, rank_g=size(1, *blocks("att.g1")),
+        ffn_dim=size(0, *blocks("ffn.key.weight")), head_size=size(1, *blocks("att.r_k")), rank_v_layer0=v_layer0,
     )

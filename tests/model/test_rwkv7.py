@@ -1,0 +1,140 @@
+"""The model's two forms agree, its blocks can be recomputed, and its logits are those of the `rwkv` package."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rwkv_nb.model import PUBLISHED, RWKV7, State, load_model, save_weights
+
+PACKAGE = """
+import sys, torch
+from rwkv.model import RWKV
+torch.set_num_threads(2)
+for path in sys.argv[1:]:
+    model = RWKV(model=path.removesuffix(".pth"), strategy="cpu fp32")
+    logits, state = model.forward(torch.load(path + ".tokens")[0].tolist(), None, full_output=True)
+    step, _ = model.forward([5], state)
+    torch.save((logits, step), path + ".logits")
+"""
+
+
+def tokens(B, T, V=257):
+    return torch.randint(V, (B, T))
+
+
+def close(mine, expected):
+    """Equal to 1e-5 of the largest value."""
+    torch.testing.assert_close(mine, expected, atol=1e-5 * max(1.0, float(expected.abs().max())), rtol=0)
+
+
+def by_pieces(model, x, pieces, op):
+    """Logits of x [B,T] in pieces of the given lengths, each from the state that the last one left."""
+    out, state = [], None
+    for piece in x.split(pieces, dim=1):
+        logits, state = model(piece, state, op=op)
+        out.append(logits)
+    return torch.cat(out, 1), state
+
+
+@pytest.mark.parametrize("op", ["torch", "chunked", "auto"])
+@torch.inference_mode()
+def test_training_form_equals_rnn_form(model, op):
+    x = tokens(3, 53)
+    whole, state = model(x, op="torch")
+    for pieces in ([1] * 53, [1, 16, 17, 2, 15, 2], [52, 1], [53]):
+        logits, last = by_pieces(model, x, pieces, op)
+        close(logits, whole)
+        for mine, expected in zip(last, state, strict=True):
+            close(mine, expected)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+@torch.inference_mode()
+def test_forms_agree_at_any_small_shape(lively, data):
+    def draw(*choices):
+        return data.draw(st.sampled_from(choices))
+
+    N, H, L, V, T = draw(16, 32, 64), draw(1, 2, 3), draw(1, 2), draw(3, 70), data.draw(st.integers(1, 20))
+    model = lively(n_layer=L, n_embd=N * H, head_size=N, vocab_size=V, rank_w=draw(1, 8), rank_a=draw(1, 5),
+                   rank_v=draw(1, 7), rank_g=draw(1, 9), ffn_dim=draw(16, 100), rank_v_layer0=draw(0, 7))
+    x = tokens(2, T, V)
+    whole, state = model(x)
+    logits, last = by_pieces(model, x, [1] * T, "torch")
+    close(logits, whole)
+    assert [tuple(part.shape) for part in last] == [(L, 2, N * H), (L, 2, H, N, N), (L, 2, N * H)]
+    assert last.wkv.dtype == state.wkv.dtype == torch.float32
+
+
+@torch.inference_mode()
+def test_texts_in_a_batch_do_not_touch_each_other(model):
+    x = tokens(4, 20)
+    together, state = model(x)
+    alone, _ = model(x[2:3])
+    close(together[2:3], alone)
+    picked, _ = model(x[2:3, :1], State(*(part[:, 2:3] for part in state)))
+    close(picked, model(torch.cat([x[2:3], x[2:3, :1]], 1))[0][:, -1:])
+
+
+@torch.inference_mode()
+def test_the_future_does_not_change_the_past(model):
+    x = tokens(2, 30)
+    y = x.clone()
+    y[:, 20:] = tokens(2, 10)
+    a, b = model(x)[0], model(y)[0]
+    close(a[:, :20], b[:, :20])
+    assert (a[:, 20:] - b[:, 20:]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recomputing_blocks_changes_nothing(lively, dtype):
+    model, x = lively().to(dtype), tokens(2, 33)
+
+    def gradients(**how):
+        model.zero_grad()
+        hidden, _ = model.hidden(x, **how)
+        hidden.float().square().sum().backward()
+        return hidden.detach(), {name: p.grad for name, p in model.named_parameters() if name != "head.weight"}
+
+    (off, without), (on, with_) = gradients(), gradients(grad_cp=True)
+    assert torch.equal(off, on)
+    for name, gradient in without.items():
+        assert gradient is not None and gradient.abs().max() > 0 or ".0.att.v" in name, name
+        assert gradient is None or torch.equal(gradient, with_[name]), name
+
+
+def test_gradients_reach_the_state(model):
+    state = State(*(torch.randn(part.shape).mul(0.1).requires_grad_() for part in model.zero_state(2)))
+    model(tokens(2, 5), state)[0].square().sum().backward()
+    assert all(part.grad.abs().amax(dim=tuple(range(1, part.dim()))).min() > 0 for part in state)
+
+
+def test_logits_are_the_rwkv_packages(tmp_path, lively):
+    stored = {tmp_path / "a.pth": (torch.float32, 0), tmp_path / "b.pth": (torch.float16, 16),
+              tmp_path / "c.pth": (torch.bfloat16, 0)}
+    for path, (dtype, layer0) in stored.items():
+        save_weights(path, lively(rank_v_layer0=layer0).to(dtype).state_dict())
+        torch.save(tokens(1, 90), f"{path}.tokens")
+    environment = {**os.environ, "RWKV_V7_ON": "1", "RWKV_JIT_ON": "0", "RWKV_CUDA_ON": "0"}
+    subprocess.run([sys.executable, "-c", PACKAGE, *stored], check=True, env=environment, capture_output=True)
+    for path in stored:
+        theirs, their_step = torch.load(f"{path}.logits")
+        with torch.inference_mode():
+            ours = load_model(path, dtype=torch.float32)
+            logits, state = ours(torch.load(f"{path}.tokens"))
+            step, _ = ours(torch.tensor([[5]]), state)
+        assert theirs.std() > 0.3
+        torch.testing.assert_close(logits[0], theirs, atol=1e-4, rtol=0)
+        torch.testing.assert_close(step[0, 0], their_step, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("size, expected", [("0.1B", 191_034_624), ("0.4B", 450_767_872), ("1.5B", 1_527_404_544),
+                                            ("2.9B", 2_947_735_040)])
+def test_known_totals(size, expected):
+    assert PUBLISHED[size].n_params() == expected
+    assert sum(p.numel() for p in RWKV7(PUBLISHED[size], device="meta").parameters()) == expected
