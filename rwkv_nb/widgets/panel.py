@@ -40,10 +40,10 @@ class TrainPanel(widgets.VBox):
         self._make_controls(self._live)
         self._make_displays()
         super().__init__([
-            self.status, widgets.HBox([self.start, self.pause, self.stop, self.save]), self.error,
-            self.progress, self.figures, self.loss, widgets.HBox([self.lr_init, self.grad_clip, self.log_every],
-                                                                 layout={"flex_flow": "row wrap"}),
-            self.notices, self.samples, self.files, self.command], layout={"max_width": "900px", "grid_gap": "6px"})
+            self.status, widgets.HBox([self.start, self.pause, self.stop, self.save]),
+            widgets.HBox([self.lr_init, self.grad_clip, self.log_every], layout={"flex_flow": "row wrap"}),
+            self.error, self.progress, self.figures, self.loss, self.samples, self.files, self.notices, self.command],
+            layout={"max_width": "800px"})
         self._paint_texts(session.snapshot())
         self.painter = threading.Thread(target=self._paint_until_done, name="rwkv_nb panel", daemon=True)
         self.painter.start()
@@ -106,8 +106,8 @@ class TrainPanel(widgets.VBox):
     def _make_displays(self) -> None:
         self.status, self.error, self.figures, self.notices, self.samples, self.files = (
             widgets.HTML() for _ in range(6))
-        self.progress = widgets.FloatProgress(min=0, max=1, layout={"width": "100%", "height": "14px"})
-        self.loss = widgets.Image(format="png", layout={"width": "100%", "max_width": "760px"})
+        self.progress = widgets.FloatProgress(min=0, max=1, layout={"width": "99%"})
+        self.loss = widgets.Image(format="png", layout={"width": "99%"})
         self.command = widgets.HTML(html.command_html(shell_command(self._session.settings, self._session.run)))
 
     def _paint_until_done(self) -> None:
@@ -129,7 +129,7 @@ class TrainPanel(widgets.VBox):
         due = time.monotonic() >= self._figure_due or now.done
         if due and len(now.rows) != self._painted:
             began = time.monotonic()
-            self.loss.value = png(loss_figure(now.rows))
+            self.loss.value = png(loss_figure(now.rows), dpi=150)
             self._painted = len(now.rows)
             self._figure_due = began + max(SECOND, (time.monotonic() - began) / FIGURE_SHARE)
 

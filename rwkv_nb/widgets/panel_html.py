@@ -5,6 +5,7 @@ Colours are the page's own, made fainter by opacity, so that light and dark them
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from html import escape
 
@@ -21,7 +22,7 @@ STATUS = {  # status: (colour of the badge, what it means)
     "saving": ("#1f77b4", "writing the files, then the adapter answers the prompts"),
     "stopping": ("#b8860b", "after the step that is under way, with everything saved"),
     "finished": ("#2e8b57", "everything is saved"),
-    "stopped": ("#6c757d", "everything is saved; a new session goes on from here"),
+    "stopped": ("#6c757d", "everything is saved; run this cell again to go on from here"),
     "failed": ("#c0392b", "the reason is below"),
 }
 
@@ -48,12 +49,14 @@ def figures_html(snapshot: Snapshot, epoch_count: int) -> str:
     cells = (f'<div style="min-width:5.2em"><div style="opacity:.65;font-size:.85em">{caption}</div>'
              f'<div style="font-weight:600;font-variant-numeric:tabular-nums">{escape(value)}</div></div>'
              for caption, value in pairs)
-    return f'<div style="display:flex;flex-wrap:wrap;gap:4px 20px;line-height:1.4">{"".join(cells)}</div>'
+    return ('<div style="display:flex;flex-wrap:wrap;gap:4px 20px;line-height:1.4;margin:4px 0 8px">'
+            f'{"".join(cells)}</div>')
 
 
 def notices_html(notices: Iterable[str]) -> str:
-    """A sentence a line."""
-    return "".join(f'<div style="line-height:1.5;opacity:.8">• {escape(text)}</div>' for text in notices)
+    """A sentence a line; warnings stand out."""
+    return "".join(f'<div style="line-height:1.5;{"font-weight:600" if text.startswith("WARNING") else "opacity:.8"}">'
+                   f'• {escape(text)}</div>' for text in notices)
 
 
 def error_html(error: BaseException) -> str:
@@ -72,12 +75,19 @@ def samples_html(samples: Iterable[Sample]) -> str:
     samples = sorted(samples, key=lambda sample: -sample.step)
     if not samples:
         return ""
-    cell = f'style="padding:5px 10px;border-bottom:{LINE};text-align:left;vertical-align:top;white-space:pre-wrap"'
-    head = "".join(f"<th {cell}>{text}</th>" for text in ("step", "prompt", "base", "with the adapter"))
-    body = "".join("<tr>" + "".join(f"<td {cell}>{escape(str(text)).strip()}</td>" for text in
+    style = (f'style="padding:5px 10px;border-bottom:{LINE};text-align:left;vertical-align:top;white-space:pre-wrap;'
+             'overflow-wrap:anywhere"')
+    head = "".join(f"<th {style}>{text}</th>" for text in ("step", "prompt", "base", "with the adapter"))
+    body = "".join("<tr>" + "".join(f"<td {style}>{escape(_compact(text))}</td>" for text in
                                     (s.step, s.prompt, s.base, s.adapter)) + "</tr>" for s in samples)
+    widths = "".join(f'<col style="width:{width}%">' for width in (6, 30, 32, 32))
     return (f'<div style="max-height:320px;overflow:auto"><table style="width:100%;border-collapse:collapse;'
-            f'line-height:1.4"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')
+            f'line-height:1.4"><colgroup>{widths}</colgroup><thead><tr>{head}</tr></thead><tbody>{body}</tbody>'
+            f'</table></div>')
+
+
+def _compact(text) -> str:
+    return re.sub(r"\n\s*\n", "\n", str(text).strip())
 
 
 def files_html(folder: str, files: Iterable[str]) -> str:

@@ -38,7 +38,7 @@ def png(figure: Figure, dpi: int = 100) -> bytes:
 
 
 def loss_figure(rows: Sequence[Mapping], *, title: str = "", smooth: float | None = None) -> Figure:
-    """Loss (thin) and smoothed loss (thick) over steps, a labelled tick at each change, learning rate below.
+    """Loss (thin) and smoothed loss (thick) over steps, a labelled tick at each change, a mark at each save, lr below.
 
     rows:   metrics.jsonl, steps and events in order
     smooth: width of the smoothed line's window in steps (a Gaussian's standard deviation); None takes a fiftieth
@@ -51,6 +51,10 @@ def loss_figure(rows: Sequence[Mapping], *, title: str = "", smooth: float | Non
         top.text(0.5, 0.5, "the first step is still to come", transform=top.transAxes, ha="center", color=TICK)
     else:
         _draw_loss(top, step, loss, smooth, COLOURS[0])
+        saves = [row["step"] for row in rows if row.get("event") == "save"]
+        if saves:
+            top.plot(saves, np.zeros(len(saves)), ls="", marker="^", ms=6, color=COLOURS[2], label="saved",
+                     transform=top.get_xaxis_transform(), clip_on=False, zorder=3)
         top.legend(loc="upper right", frameon=False, fontsize=8)
         low.plot(*_decimated(step, lr), color=COLOURS[1], lw=1.4, marker="" if len(step) > 1 else "o")
         top.set_xlim(*_limits(step))

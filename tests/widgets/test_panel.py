@@ -100,7 +100,7 @@ def test_a_refused_request_is_shown_and_harms_nothing(panel):
 
 
 def test_a_picture_that_fails_leaves_the_controls_alive(panel, monkeypatch):
-    monkeypatch.setattr("rwkv_nb.widgets.panel.png", lambda figure: 1 / 0)
+    monkeypatch.setattr("rwkv_nb.widgets.panel.png", lambda figure, dpi: 1 / 0)
     panel.start.click()
     until(lambda: "ZeroDivisionError" in panel.error.value)
     until(lambda: panel.session.snapshot().step >= 1)
