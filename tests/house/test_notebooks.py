@@ -1,9 +1,11 @@
 """Every committed notebook ran from top to bottom without an error and reads like the others."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+from nbval.plugin import get_sanitize_patterns
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -54,3 +56,11 @@ def test_shows_nothing_of_the_machine_it_ran_on():
     for path in NOTEBOOKS:
         text = path.read_text(encoding="utf-8")
         assert str(ROOT) not in text and str(Path.home()) + "/" not in text, path.name
+
+
+def test_the_sanitize_file_is_read_whole_by_nbval():
+    text = (ROOT / "tests" / "nbval_sanitize.cfg").read_text()
+    patterns = get_sanitize_patterns(text)
+    assert len(patterns) == len(re.findall(r"^\[", text, re.MULTILINE)) > 0
+    for pattern, _ in patterns:
+        re.compile(pattern)
