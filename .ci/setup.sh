@@ -33,7 +33,7 @@ if [ "$env" = "$PWD/.venv" ] && ! "$python" -m pip --version >/dev/null 2>&1; th
 new_enough "$python" || stop "Python 3.11 or newer is needed; the active environment $env has $("$python" --version)" \
     "→ deactivate it (make then builds .venv), or activate one with a newer Python"
 "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip >/dev/null 2>&1 || stop "the environment $env has no pip" "→ install pip in it"
-command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null ||
+command -v "${CXX:-c++}" >/dev/null ||
     say "warning: no C++ compiler here, so the slower chunked PyTorch form is used (Debian, Ubuntu, WSL: sudo apt install g++)"
 
 pip() { "$python" -m pip --disable-pip-version-check "$@"; }
