@@ -14,7 +14,7 @@ from rwkv_nb.runs import Run
 
 SECONDS = 240
 # Bit for bit holds for one thread count: every process gets the same.
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "2"}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def command(run, settings):
