@@ -148,8 +148,9 @@ def _merge(arguments) -> int:
 
     adapter = Path(arguments.adapter)
     adapter = Run(adapter).last_adapter() if adapter.is_dir() else adapter
-    print(merge(arguments.load_model, adapter, arguments.output, strength=arguments.strength))
-    return 0
+    proof = merge(arguments.load_model, adapter, arguments.output, strength=arguments.strength)
+    print(proof)
+    return 0 if proof.ok else 1
 
 
 def _run(arguments) -> int:

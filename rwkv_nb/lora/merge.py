@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import RunError
+from ..errors import RunError, SettingsError
 from ..model import fingerprint, load_model, load_weights, read_shape, save_weights
 from ..model.checkpoint import check_keys
 from .adapter import Adapter, apply_adapter, check_adapter, load_adapter
@@ -76,6 +77,8 @@ def merge(base_path: str | Path, adapter_path: str | Path, out_path: str | Path,
     prove=False writes only, and returns None. Raises CheckpointError and AdapterError for files that cannot be used
     or do not belong together, RunError when the disk cannot hold the result: then nothing was written.
     """
+    if not math.isfinite(strength):
+        raise SettingsError(f"strength cannot be {strength}", where="strength", fix="0 is the base, 1 as trained")
     base_path, out_path, adapter = Path(base_path), Path(out_path), load_adapter(adapter_path)
     if out_path.exists() and out_path.samefile(base_path):
         raise RunError("the merged model would replace its own base", where=out_path, fix="choose another output")

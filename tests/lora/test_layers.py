@@ -115,15 +115,14 @@ def test_frozen_weights_get_no_gradient_and_do_not_move():
 
 
 def test_bf16_base_keeps_an_fp32_adapter():
-    net, x, dy = adapted(Net()), torch.randn(6, 24, requires_grad=True), torch.randn(6, 16)
-    exact = gradients(net, x, dy)
-    half = adapted(copy.deepcopy(Net().bfloat16()))
+    net, x, dy = adapted(Net()).att["key"], torch.randn(6, 24, requires_grad=True), torch.randn(6, 40)
+    half = adapted(Net().bfloat16()).att["key"]
     half.load_state_dict(net.state_dict())
-    x16 = x.detach().bfloat16().requires_grad_()
-    assert half(x16).dtype == torch.bfloat16 and half.att["key"].weight.dtype == torch.bfloat16
+    exact, x16 = gradients(net, x, dy), x.detach().bfloat16().requires_grad_()
+    assert half(x16).dtype == half.weight.dtype == torch.bfloat16
     for name, gradient in gradients(half, x16, dy.bfloat16()).items():
         assert gradient.dtype == (torch.bfloat16 if name == "x" else torch.float32)
-        assert (gradient.float() - exact[name]).norm() < 0.05 * exact[name].norm()
+        assert (gradient.float() - exact[name]).norm() < 0.03 * exact[name].norm()
 
 
 # -- dropout ---------------------------------------------------------------------------------------------------------

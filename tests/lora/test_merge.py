@@ -11,7 +11,7 @@ import torch
 from lora_files import LORA, make_adapter, make_base
 
 from rwkv_nb import config
-from rwkv_nb.errors import AdapterError, CheckpointError, RunError
+from rwkv_nb.errors import AdapterError, CheckpointError, RunError, SettingsError
 from rwkv_nb.lora.layers import set_strength
 from rwkv_nb.lora.merge import check_disk, merge
 from rwkv_nb.model import load_model, load_weights, read_shape, save_weights
@@ -85,6 +85,8 @@ def test_nothing_is_written_where_something_is_wrong(lively, tmp_path):
         merge(cut, adapter, out)
     with pytest.raises(RunError, match="its own base"):
         merge(other, adapter, other)
+    with pytest.raises(SettingsError, match="nan"):
+        merge(lively, adapter, out, strength=float("nan"))
     with open(tmp_path / "large.pth", "wb") as huge:
         huge.truncate(2**43)  # no block of it is on the disk
     with pytest.raises(RunError, match=r"needs 8796\.09 GB"):

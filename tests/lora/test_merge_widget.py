@@ -30,13 +30,13 @@ def test_each_strength_writes_its_answer(model):
 
 
 def test_the_last_of_many_changes_wins(model):
-    slider = StrengthSlider(model, BYTES, "one", max_tokens=200)
+    slider = StrengthSlider(model, BYTES, "one", max_tokens=60)
     for value in (0.2, 0.9, 0.4):
         slider.slider.value = value
     slider.question.value = "two <b>"
     written = slider.join()
     with strength(model, 0.4):
-        expected, = generate(model, BYTES, [prompt("two <b>")], max_tokens=200)
+        expected, = generate(model, BYTES, [prompt("two <b>")], max_tokens=60)
     assert written == expected.strip()
     assert "strength 0.4" in slider.answer.value
 
