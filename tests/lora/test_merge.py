@@ -31,8 +31,8 @@ def logits(model, tokens):
     return model.eval()(tokens)[0]
 
 
-@pytest.mark.parametrize("strength", [1.0, 0.0, 1.5])
-@pytest.mark.parametrize("targets", [LORA.target_modules, ("head", "att.output")])
+@pytest.mark.parametrize("strength, targets", [(1.0, LORA.target_modules), (0.0, LORA.target_modules),
+                                               (1.5, ("head", "att.output"))])
 def test_merged_is_base_with_adapter(lively, tmp_path, tokens, strength, targets):
     lora = config.replace(LORA, target_modules=targets)
     adapter, model = make_adapter(tmp_path / "a.safetensors", lively, lora=lora)
