@@ -10,7 +10,8 @@ run: setup             ## run all notebooks in order; the results are in runs/qu
 	@"$(ENV)/bin/rwkv-nb" run
 
 lab: setup             ## open the notebooks in JupyterLab
-	$(PYTHON) -m jupyterlab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks/00_check.ipynb
+	$(PYTHON) -m jupyterlab $(if $(filter 0,$(shell id -u)),--allow-root) --ServerApp.root_dir="$(CURDIR)" \
+		--LabApp.default_url=/lab/tree/notebooks/00_check.ipynb
 
 # Each notebook runs once, in order, in a copy: they hand on through build/nbval/runs/, and yours stays as it is.
 test: setup-test       ## lint, unit tests, and every notebook against its committed outputs
