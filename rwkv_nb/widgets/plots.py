@@ -44,7 +44,9 @@ def loss_figure(rows: Sequence[Mapping], *, title: str = "", smooth: float | Non
     smooth: width of the smoothed line's window in steps (a Gaussian's standard deviation); None takes a fiftieth
     """
     step, loss, lr = _columns(rows, "loss", "lr")
-    labels = _place_labels(_changes(rows), step)
+    changes = _changes(rows)
+    limits = _limits([*step[:1], *step[-1:], *(x for x, _ in changes)])
+    labels = _place_labels(changes, limits)
     above = 0.14 + 0.17 * (1 + max((level for _, _, level, _ in labels), default=-1)) + (0.26 if title else 0.04)
     figure, (top, low) = _panels(7.6, 3.3 + above, above, ((0.0, 1.0, 0.30, 1.0), (0.0, 1.0, 0.0, 0.19)))
     if not len(step):
@@ -57,15 +59,15 @@ def loss_figure(rows: Sequence[Mapping], *, title: str = "", smooth: float | Non
                      transform=top.get_xaxis_transform(), clip_on=False, zorder=3)
         top.legend(loc="upper right", frameon=False, fontsize=8)
         low.plot(*_decimated(step, lr), color=COLOURS[1], lw=1.4, marker="" if len(step) > 1 else "o")
-        top.set_xlim(*_limits(step))
-        low.set_xlim(*_limits(step))
+    for axes in (top, low):
+        axes.set_xlim(*limits)
     top.tick_params(labelbottom=False)
     top.set_ylabel("loss", color=INK)
     _rate_axis(low)
     _draw_changes(top, low, labels)
     if title:
         figure.text(0.5, 1 - 0.08 / figure.get_figheight(), title, ha="center", va="top", fontsize=11, color=INK,
-                    fontfamily=_families())
+                    fontfamily=_families(), parse_math=False)
     return figure
 
 
@@ -92,8 +94,10 @@ def compare_figure(runs: Mapping[str, Sequence[Mapping]], *, smooth: float | Non
     low.yaxis.set_major_formatter(lambda value, _: _value(value))
     speed.yaxis.set_major_formatter(EngFormatter(sep=""))
     if lines:
-        figure.legend(lines, [_short(name, 28) for name in runs], loc="upper left", ncols=4, frameon=False,
-                      prop={"family": _families(), "size": 9})
+        legend = figure.legend(lines, [_short(name, 28) for name in runs], loc="upper left", ncols=4, frameon=False,
+                               prop={"family": _families(), "size": 9})
+        for text in legend.get_texts():
+            text.set_parse_math(False)
     return figure
 
 
@@ -157,8 +161,9 @@ def _columns(rows: Sequence[Mapping], *names: str) -> tuple[np.ndarray, ...]:
     return tuple(table[np.isfinite(table).all(1)].T)
 
 
-def _limits(step: np.ndarray) -> tuple[float, float]:
-    return step[0] - 0.5, step[-1] + max(0.5, 0.01 * (step[-1] - step[0]))
+def _limits(steps: Sequence[float]) -> tuple[float, float]:
+    first, last = min(steps, default=0), max(steps, default=1)
+    return first - 0.5, last + max(0.5, 0.01 * (last - first))
 
 
 def _bins(n: int) -> np.ndarray:
@@ -181,6 +186,8 @@ def _smoothed(x: np.ndarray, y: np.ndarray, steps: float | None) -> tuple[np.nda
         starts = _bins(len(x))
         steps = steps and steps * len(starts) / len(x)
         x, y = x[starts], np.add.reduceat(y, starts) / np.diff(starts, append=len(y))
+    if not len(x):
+        return x, y
     width = max(len(x) / 50 if steps is None else steps, 0.1)
     reach = int(np.ceil(3 * width))
     window = np.exp(-0.5 * (np.arange(-reach, reach + 1) / width) ** 2)
@@ -211,12 +218,10 @@ def _value(value) -> str:
     return f"{digits.rstrip('0').rstrip('.')}e{int(power)}"
 
 
-def _place_labels(changes: list[tuple[float, str]], step: np.ndarray) -> list[tuple[float, str, int, str]]:
+def _place_labels(changes: list[tuple[float, str]], limits: tuple[float, float]) -> list[tuple[float, str, int, str]]:
     """(step, text, level, side): a label takes the lowest level with room; where none has, the last one counts +1."""
-    if not changes:
-        return []
-    begin, end = _limits(step) if len(step) else (0, max(x for x, _ in changes) + 1)
-    free, placed, more = [-1.0] * _LABEL_LEVELS, [], {}
+    begin, end = limits
+    free, placed, more = [-np.inf] * _LABEL_LEVELS, [], {}
     for x, text in changes:
         at, width = (x - begin) / (end - begin), 0.0105 * (len(text) + 4)  # 8-point letters; room for " +9"
         side = "left" if at + width < 1.02 else "right"

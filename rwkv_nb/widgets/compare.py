@@ -1,0 +1,85 @@
+"""Runs side by side: the controls of 04_plot_loss."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import ipywidgets as W
+import numpy as np
+
+from ..errors import RunError
+from ..runs import Run
+from .plots import compare_figure, png
+
+
+def find_runs(folder: str | Path) -> dict[str, Run]:
+    """Runs in `folder` that have metrics, by name, in the order of their names; what a fresh start set aside too."""
+    logs = [*Path(folder).glob("*/metrics.jsonl"), *Path(folder).glob("*/previous-*/metrics.jsonl")]
+    return {str(log.parent.relative_to(folder)): Run(log.parent) for log in sorted(logs)}
+
+
+def summary(rows: Sequence[Mapping]) -> dict[str, float]:
+    """Steps taken, mean loss of the first and the last tenth of them, median tokens/s, peak memory in MB.
+
+    Raises RunError for a run without a step.
+    """
+    steps = [row for row in rows if "loss" in row]
+    if not steps:
+        raise RunError("no step has been written yet", fix="train it first: notebook 03_train_lora, or `rwkv-nb train`")
+    tenth = max(len(steps) // 10, 1)
+    loss = [row["loss"] for row in steps]
+    return {"steps": steps[-1]["step"], "first_loss": float(np.mean(loss[:tenth])),
+            "last_loss": float(np.mean(loss[-tenth:])),
+            "tokens_per_s": float(np.median([row["tokens_per_s"] for row in steps])),
+            "peak_memory_mb": max(row["peak_memory_mb"] for row in steps)}
+
+
+def summary_html(runs: Mapping[str, Sequence[Mapping]]) -> str:
+    """The summaries as a table, a row a run. runs: rows of metrics.jsonl by name."""
+    style = "padding:2px 12px;text-align:right;border:0"
+    head = ("run", "steps", "loss at first", "loss at last", "tokens/s", "peak memory, MB")
+    lines = ["".join(f"<th style='{style}'>{name}</th>" for name in head)]
+    for name, rows in runs.items():
+        cells = ["no step yet", "", "", "", ""]
+        if any("loss" in row for row in rows):
+            formats = ("{:,}", "{:.4f}", "{:.4f}", "{:,.0f}", "{:,.0f}")
+            cells = [form.format(value) for form, value in zip(formats, summary(rows).values(), strict=True)]
+        lines.append("".join(f"<td style='{style}'>{text}</td>" for text in (html.escape(name), *cells)))
+    rows_html = "".join(f"<tr style='background:none'>{line}</tr>" for line in lines)
+    return f"<div style='overflow-x:auto'><table style='font-size:13px'>{rows_html}</table></div>"
+
+
+class ComparePanel(W.VBox):
+    """Choose runs from a folder and see them side by side; "Read again" looks at the disk once more.
+
+    folder: where the runs are; chosen: names that are selected at first
+    """
+
+    def __init__(self, folder: str | Path, chosen: Iterable[str] = ()):
+        self.folder = Path(folder)
+        self._choice = W.SelectMultiple(options=list(find_runs(folder)), layout=W.Layout(width="300px"))
+        self._choice.value = [name for name in chosen if name in self._choice.options]
+        again = W.Button(description="Read again", icon="refresh", tooltip="Look for new runs and new steps")
+        self._table, self._picture = W.HTML(), W.Image(format="png", layout=W.Layout(max_width="960px"))
+        super().__init__([W.HBox([W.VBox([self._choice, again]), self._table]), self._picture])
+        self._choice.observe(self._paint, "value")
+        again.on_click(self._read_again)
+        self._paint()
+
+    @property
+    def chosen(self) -> dict[str, list[dict]]:
+        """Metrics of the chosen runs, by name."""
+        runs = find_runs(self.folder)
+        return {name: runs[name].metrics() for name in self._choice.value if name in runs}
+
+    def _read_again(self, _) -> None:
+        before = self._choice.value
+        self._choice.options = list(find_runs(self.folder))
+        self._choice.value = [name for name in before if name in self._choice.options]
+        self._paint()
+
+    def _paint(self, _=None) -> None:
+        runs = self.chosen
+        self._table.value, self._picture.value = summary_html(runs), png(compare_figure(runs))
