@@ -48,7 +48,7 @@ def summary_html(runs: Mapping[str, Sequence[Mapping]]) -> str:
             cells = [form.format(value) for form, value in zip(formats, summary(rows).values(), strict=True)]
         lines.append("".join(f"<td style='{style}'>{text}</td>" for text in (html.escape(name), *cells)))
     rows_html = "".join(f"<tr style='background:none'>{line}</tr>" for line in lines)
-    return f"<div style='overflow-x:auto'><table style='font-size:13px'>{rows_html}</table></div>"
+    return f"<div style='overflow-x:auto'><table style='font-size:13px;line-height:1.5'>{rows_html}</table></div>"
 
 
 class ComparePanel(W.VBox):
