@@ -91,31 +91,25 @@ def _lora_params(key: str, size: tuple[int, ...], lora: LoraSettings | None) -> 
 def table_html(shape: Shape, lora: LoraSettings | None = None) -> str:
     """The parts as an HTML table: name, shapes, tensors, parameters, share as a bar, what LoRA adds."""
     rows, total = parts(shape, lora), shape.n_params()
-    body = "".join(_row_html(part, part.params / total) for part in rows)
-    added = sum(part.lora for part in rows)
-    cell = "border:0;border-top:1px solid rgba(128,128,128,.5);padding:3px 8px"
-    sums = [f"{sum(part.tensors for part in rows)}", f"{total:,}", "100 %", f"{added:,}" if lora else ""]
     head = ("name", "shape of one", "tensors", "parameters", "share", f"LoRA, r {lora.r}" if lora else "")
-    return (
-        "<div style='overflow-x:auto;white-space:nowrap'>"
-        "<table style='border-collapse:collapse;font-size:12px;line-height:1.35'><tr>"
-        + "".join(f"<th style='text-align:{'left' if i in (0, 1, 4) else 'right'};padding:3px 8px'>{name}</th>"
-                  for i, name in enumerate(head))
-        + f"</tr>{body}<tr style='background:none'><td colspan=2 style='{cell};text-align:left'><b>all</b></td>"
-        + "".join(f"<td style='{cell};text-align:{'left' if i == 2 else 'right'}'><b>{text}</b></td>"
-                  for i, text in enumerate(sums)) + "</tr></table></div>")
+    foot = ("all", "", sum(p.tensors for p in rows), f"{total:,}", "", f"{lora_params(shape, lora):,}" if lora else "")
+    lines = [[f"<b>{text}</b>" for text in head], *(_cells(part, part.params / total) for part in rows),
+             [f"<b>{text}</b>" for text in foot]]
+    sides = ("left", "left", "right", "right", "left", "right")
+    body = "".join("<tr style='background:none'>" + "".join(
+        f"<td style='text-align:{side};padding:1px 8px;border:0'>{text}</td>"
+        for side, text in zip(sides, line, strict=True)) + "</tr>" for line in lines)
+    return ("<div style='overflow-x:auto;white-space:nowrap'>"
+            f"<table style='border-collapse:collapse;font-size:12px;line-height:1.35'>{body}</table></div>")
 
 
-def _row_html(part: Part, share: float) -> str:
+def _cells(part: Part, share: float) -> tuple:
     shapes = " ".join(f"[{', '.join(map(str, s))}]" for s in part.shapes)
     bar = (f"<span style='display:inline-block;width:48px;text-align:right;margin-right:6px'>{share:.2%}</span>"
            f"<span style='display:inline-block;height:9px;width:{max(share * 150, 1):.0f}px;"
            f"background:{KINDS[part.kind]}'></span>")
-    cells = (("left", f"<code>{part.name}</code>"), ("left", shapes), ("right", part.tensors),
-             ("right", f"{part.params:,}"), ("left", bar), ("right", f"{part.lora:,}" if part.lora else ""))
-    return ("<tr style='background:none'>"
-            + "".join(f"<td style='text-align:{side};padding:1px 8px;border:0'>{text}</td>" for side, text in cells)
-            + "</tr>")
+    adds = f"{part.lora:,}" if part.lora else ""
+    return f"<code>{part.name}</code>", shapes, part.tensors, f"{part.params:,}", bar, adds
 
 
 def share_figure(sizes: Mapping[str, Shape]) -> Figure:
