@@ -4,7 +4,7 @@ PYTHON := "$(ENV)/bin/python"
 NOTEBOOKS := $(notdir $(sort $(wildcard notebooks/*.ipynb)))
 export PYTHONUNBUFFERED := 1
 
-.PHONY: run lab test bench setup setup-test
+.PHONY: run lab test bench soak setup setup-test
 
 run: setup             ## run all notebooks in order; the results are in runs/quickstart/
 	@"$(ENV)/bin/rwkv-nb" run
@@ -24,6 +24,9 @@ test: setup-test       ## lint, unit tests, and every notebook against its commi
 
 bench: setup-test      ## measure on this machine; the results are in tests/benchmarks/results/
 	@for file in tests/benchmarks/bench_*.py; do echo "== $$file"; $(PYTHON) $$file || exit 1; done
+
+soak: setup-test       ## the longer proofs; the results are in tests/benchmarks/results/soak.txt
+	@bash -o pipefail -c '$(PYTHON) -m pytest -m soak --durations=0 | tee tests/benchmarks/results/soak.txt'
 
 setup:
 	@bash .ci/setup.sh "$(ENV)"
