@@ -8,6 +8,7 @@ person_task  the fine-tuning task: a sentence about a person in, a line of JSON 
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import re
@@ -22,17 +23,20 @@ HELD = {kind: text.split() for kind, text in _FILE["held"].items()}
 TEMPLATES = _FILE["templates"]
 SHARES = {"people": 24, "records": 22, "stories": 18, "chats": 10, "chinese": 18, "prose": 8}  # of 100 documents
 
+ONSETS = ("", *"bdfghjklmnprstvwxz", "br", "dr", "gr", "kl", "st", "tr", "sh", "ch", "qu")
+
 # The 3755 common characters of GB 2312, for Chinese names and words; the held-out ones are taken out.
 COMMON = [c for row in range(0xB0, 0xD8) for col in range(0xA1, 0xFF)
           if (c := bytes([row, col]).decode("gb2312", "ignore")) and c not in HELD["given"] + HELD["surname"]]
 
 
 def made_up_word(rng: random.Random, low=2, high=3) -> str:
-    """A pronounceable word: copying it takes reading it, not knowing it."""
-    syllables = (rng.choice(("", "b", "d", "f", "g", "h", "k", "l", "m", "n", "p", "r", "s", "t", "v", "w", "z", "br",
-                             "dr", "gr", "kl", "st", "tr", "sh", "ch", "j", "y", "qu", "x")) + rng.choice("aeiouaeiouy")
-                 for _ in range(rng.randint(low, high)))
-    return "".join(syllables) + rng.choice(("", "", "n", "r", "s", "l", "m", "t", "ck", "th", "nd"))
+    """A pronounceable word, never a held-out one: copying it takes reading it, not knowing it."""
+    while True:
+        syllables = [rng.choice(ONSETS) + rng.choice("aeiouaeiouy") for _ in range(rng.randint(low, high))]
+        word = "".join(syllables) + rng.choice(("", "", "n", "r", "s", "l", "m", "t", "ck", "th", "nd"))
+        if word.capitalize() not in HELD["first"] + HELD["last"] + HELD["city"]:
+            return word
 
 
 def english_name(rng: random.Random, words=WORDS, made_up=0.5) -> tuple[str, str]:
@@ -44,6 +48,13 @@ def english_name(rng: random.Random, words=WORDS, made_up=0.5) -> tuple[str, str
 
 def chinese_name(rng: random.Random, surnames=WORDS["surname"], given=COMMON) -> str:
     return rng.choice(surnames) + "".join(rng.choice(given) for _ in range(rng.choice((1, 2, 2))))
+
+
+def city(rng: random.Random, kind: str, words=WORDS, made_up=0.4) -> str:
+    """A real city, or a made-up town; kind is "city" (English) or "zcity" (Chinese)."""
+    if rng.random() >= made_up:
+        return rng.choice(words[kind])
+    return made_up_word(rng).capitalize() if kind == "city" else rng.choice(COMMON) + rng.choice(COMMON)
 
 
 class Facts(dict):
@@ -87,8 +98,8 @@ class Facts(dict):
             return "".join(rng.choice(COMMON) for _ in range(rng.randint(1, 4)))
         if kind == "zname":
             return chinese_name(rng)
-        if kind == "city" and rng.random() < 0.3:
-            return made_up_word(rng).capitalize()
+        if kind in ("city", "zcity"):
+            return city(rng, kind)
         return rng.choice(WORDS[kind])
 
 
@@ -116,6 +127,25 @@ def base_text(seed: int, *, held_out: bool = False) -> Iterator[str]:
             yield fill(rng.choice(TEMPLATES[kind]), Facts(rng))
 
 
+def repeats(seed: int) -> Iterator[tuple[str, int]]:
+    """Endless (text, start): a few random items listed twice or more; from character `start` on all can be known.
+
+    Trained first, and from there on alone, these teach the base to copy within minutes. Without them it learns the
+    words' order for a long time before it learns to look back.
+    """
+    rng = random.Random(seed)
+    while True:
+        kinds = rng.choices(("word", "name", "city", "number", "code", "zword", "zname"), (5, 5, 2, 2, 2, 3, 2), k=4)
+        items = [Facts(rng)[kind + "1"] for kind in kinds[:rng.randint(1, 4)]]
+        texts = []
+        for _ in range(rng.choice((2, 2, 3))):
+            left, right = rng.choice((("", ""), ("", ""), '""', "()", "[]", "“”", (":", ""), ("=", "")))
+            separator = rng.choice((", ", "; ", " | ", "\n", " "))
+            texts.append(separator.join(left + item + right for item in items))
+        between = rng.choice(("\n", "\n\n", " / ", ". "))
+        yield between.join(texts), len(texts[0] + between)
+
+
 # ---- the fine-tuning task ----
 
 ASKED = {
@@ -129,10 +159,10 @@ ASKED = {
 }
 
 
-def example(language: str, name: str, city: str, age: int, rng: random.Random) -> str:
+def example(language: str, name: str, town: str, age: int, rng: random.Random) -> str:
     """One chat document: the sentence, and the answer as JSON."""
-    sentence = rng.choice(ASKED[language]).format(name=name, city=city, age=age)
-    answer = json.dumps({"name": name, "city": city, "age": age}, ensure_ascii=False)
+    sentence = rng.choice(ASKED[language]).format(name=name, city=town, age=age)
+    answer = json.dumps({"name": name, "city": town, "age": age}, ensure_ascii=False)
     return f"User: {sentence}\n\nAssistant: {answer}"
 
 
@@ -142,19 +172,33 @@ def person_task(seed: int, n_train: int, n_heldout: int, chinese: float = 0.25) 
     rng = random.Random(seed)
     seen, made = set(), []
     for i in range(n_train + n_heldout):
-        words = HELD if i >= n_train and i % 2 == 0 else WORDS
+        words, made_up = (HELD, 0.0) if i >= n_train and i % 2 == 0 else (WORDS, 0.4)
         language = "zh" if rng.random() < chinese else "en"
         while True:
             if language == "zh":
                 name = chinese_name(rng, words["surname"], words.get("given", COMMON))
             else:
-                name = " ".join(english_name(rng, words, 0.0 if words is HELD else 0.3))
+                name = " ".join(english_name(rng, words, made_up))
             if name not in seen:
                 break
         seen.add(name)
-        kind = "city" if language == "en" else "zcity"
-        made.append(example(language, name, rng.choice(words[kind]), rng.randint(18, 89), rng))
+        town = city(rng, "city" if language == "en" else "zcity", words, made_up)
+        made.append(example(language, name, town, rng.randint(18, 89), rng))
     return made[:n_train], made[n_train:]
+
+
+def quickstart() -> tuple[list[str], list[str]]:
+    """(train, held-out) as they are committed. Two fifths of the training documents are text of the base's own kind:
+    who practises one thing alone forgets the others."""
+    train, heldout = person_task(seed=7, n_train=1500, n_heldout=200)
+    train += itertools.islice(base_text(1_000_000_007), 1000)
+    random.Random(7).shuffle(train)
+    return train, heldout
+
+
+def general(n: int = 300) -> list[str]:
+    """Held-out text of the base's own kind, as it is committed."""
+    return list(itertools.islice(base_text(2_000_000_011, held_out=True), n))
 
 
 def write_jsonl(path: Path, documents: list[str]) -> None:
@@ -164,11 +208,10 @@ def write_jsonl(path: Path, documents: list[str]) -> None:
 
 
 def main() -> None:
-    train, heldout = person_task(seed=7, n_train=1500, n_heldout=200)
-    general = base_text(seed=2_000_000_011, held_out=True)
+    train, heldout = quickstart()
     write_jsonl(HERE / "quickstart_train.jsonl", train)
     write_jsonl(HERE / "quickstart_heldout.jsonl", heldout)
-    write_jsonl(HERE / "general_heldout.jsonl", [next(general) for _ in range(300)])
+    write_jsonl(HERE / "general_heldout.jsonl", general())
 
 
 if __name__ == "__main__":

@@ -98,17 +98,18 @@ def _padded(documents: Sequence, device) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def constant_baseline(train: Sequence[str], heldout: Sequence[str], marker: str = MARKER) -> float:
-    """Share of held-out answers that the commonest training answer gets right."""
-    (best, _), = Counter(split_example(text, marker)[1] for text in train).most_common(1)
+    """Share of held-out answers that the commonest training answer gets right. Texts without a marker are left out."""
+    (best, _), = Counter(split_example(text, marker)[1] for text in train if marker in text).most_common(1)
     return sum(split_example(text, marker)[1] == best for text in heldout) / len(heldout)
 
 
 def nearest_neighbour_baseline(train: Sequence[str], heldout: Sequence[str], marker: str = MARKER) -> float:
     """Share that is right when each prompt gets the answer of the training prompt most like it.
 
-    Likeness: shared character trigrams over the number that either has (Jaccard's index).
+    Likeness: shared character trigrams over the number that either has (Jaccard's index). Training texts without a
+    marker are left out.
     """
-    pairs = [split_example(text, marker) for text in train]
+    pairs = [split_example(text, marker) for text in train if marker in text]
     sizes, holders = [], defaultdict(list)
     for i, (prompt, _) in enumerate(pairs):
         grams = _trigrams(prompt)
