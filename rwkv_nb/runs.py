@@ -119,7 +119,7 @@ class Run:
     def save_settings(self, settings: config.Settings) -> None:
         """Check and write settings.json whole; paths become absolute, so that any notebook finds them."""
         config.check(settings)
-        paths = {name: str(Path(value).resolve()) for name, value in
+        paths = {name: os.path.abspath(value) for name, value in
                  (("data_file", settings.data.data_file), ("load_model", settings.train.load_model)) if value}
         settings = config.replace(settings, **paths)
         write_text(self.settings_file, config.to_json(settings) + "\n")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shlex
 from dataclasses import Field
-from pathlib import Path
 
 import ipywidgets as widgets
 
@@ -65,13 +64,13 @@ def _input(field: Field, value) -> widgets.Widget:
     return widgets.Text(continuous_update=False, **shared)
 
 
-def shell_command(settings: Settings, run: Run, relative_to: str | Path | None = None) -> str:
+def shell_command(settings: Settings, run: Run, relative_to: str | None = None) -> str:
     """The same run as a shell command: every setting that differs from its default, a flag a line.
 
     relative_to: a folder from which the paths are given; by default they are absolute.
     """
     def path(value) -> str:
-        return os.path.relpath(value, relative_to) if relative_to else str(Path(value).resolve())
+        return os.path.relpath(value, relative_to) if relative_to else os.path.abspath(value)
 
     values, defaults = config.values(settings), config.values(Settings())
     values |= {name: path(values[name]) for name in ("load_model", "data_file") if values[name]}
