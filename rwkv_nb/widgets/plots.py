@@ -129,7 +129,7 @@ def _draw_loss(axes: Axes, step, loss, smooth, colour) -> None:
     axes.plot(*_decimated(step, loss), color=colour, lw=0.8, alpha=0.4, label="each step", marker="" if many else "o")
     x, y = _smoothed(step, loss, smooth)
     axes.plot(x, y, color=colour, lw=2.2, label="smoothed", marker="" if many else "o")
-    highest, lowest = max(np.quantile(loss, 0.99), y.max()), min(loss.min(), y.min())
+    highest, lowest = min(loss.max(), max(np.quantile(loss, 0.99), 2 * y.max())), min(loss.min(), y.min())
     room = 0.08 * (highest - lowest) or 0.05 * abs(highest) or 1.0
     bottom = 0 if 0 <= lowest < 0.4 * highest else lowest - room
     axes.set_ylim(bottom, highest + room)

@@ -98,7 +98,7 @@ def test_a_long_run_keeps_its_spike_in_few_points():
     axes = loss_figure(rows).axes[0]
     thin, thick = (line.get_ydata() for line in axes.get_lines()[:2])
     assert len(thin) <= plots._MOST_POINTS and max(thin) == 40.0
-    assert axes.get_ylim()[1] < 4              # and it does not press the rest flat
+    assert axes.get_ylim()[1] < 8              # and it does not press the rest flat
     assert abs(thick[-100:].mean() - 0.5) < 0.1
 
 
