@@ -3,6 +3,8 @@ ENV := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX),$(CURDIR)/.venv)
 PYTHON := "$(ENV)/bin/python"
 NOTEBOOKS := $(notdir $(sort $(wildcard notebooks/*.ipynb)))
 export PYTHONUNBUFFERED := 1
+# Threads that wait sleep: a browser, a kernel and tests share the cores, and spinning threads would take them all.
+export OMP_WAIT_POLICY := PASSIVE
 
 .PHONY: run lab test bench soak setup setup-test
 
