@@ -24,7 +24,7 @@ from rwkv_nb.model import RWKV7, Shape, init_weights, save_weights
 SHAPE = Shape(n_layer=4, n_embd=128, vocab_size=257, rank_w=32, rank_a=32, rank_v=32, rank_g=64, ffn_dim=512)
 BATCH = 32             # documents a step
 COPY_STEPS = 400       # steps on repeats alone; after them
-TEXT = 0.75            # of the documents are text, the rest repeats
+TEXT = 0.7             # of the documents are text, the rest repeats
 LR, LR_FINAL, WARMUP = 2e-3, 2e-5, 50
 SORTED = 32            # this many batches are drawn at once and sorted by length, so that little is padding
 COPYING = [t for t in TEMPLATES["chats"] if any(s in t for s in ("Say ", "number of", "colour", "请说", "谁是"))]
@@ -99,7 +99,7 @@ def train(steps: int, out: Path, seed: int = 1) -> RWKV7:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("--steps", type=int, default=5000)
+    options.add_argument("--steps", type=int, default=6000)
     options.add_argument("--threads", type=int, default=2)
     options.add_argument("--out", type=Path, default=Path(__file__).with_name("tiny_base.pth"))
     chosen = options.parse_args()

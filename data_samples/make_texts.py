@@ -21,7 +21,7 @@ _FILE = tomllib.loads((HERE / "words.toml").read_text(encoding="utf-8"))
 WORDS = {kind: text.split() for kind, text in _FILE["words"].items()}
 HELD = {kind: text.split() for kind, text in _FILE["held"].items()}
 TEMPLATES = _FILE["templates"]
-SHARES = {"people": 24, "records": 22, "stories": 18, "chats": 10, "chinese": 18, "prose": 8}  # of 100 documents
+SHARES = {"people": 25, "records": 24, "stories": 20, "chats": 11, "chinese": 18, "prose": 2}  # of 100 documents
 
 ONSETS = ("", *"bdfghjklmnprstvwxz", "br", "dr", "gr", "kl", "st", "tr", "sh", "ch", "qu")
 
@@ -39,22 +39,37 @@ def made_up_word(rng: random.Random, low=2, high=3) -> str:
             return word
 
 
-def english_name(rng: random.Random, words=WORDS, made_up=0.5) -> tuple[str, str]:
-    """(first, last); a share of the parts is made up of syllables."""
-    parts = [made_up_word(rng).capitalize() if rng.random() < made_up else rng.choice(words[kind])
-             for kind in ("first", "last")]
-    return parts[0], parts[1]
+def invented(rng: random.Random, words: list[str]) -> str:
+    """A proper name that is on no list: syllables, or the head of one word and the tail of another, often misspelt."""
+    if rng.random() < 0.4:
+        return made_up_word(rng).capitalize()
+    while True:
+        head, tail = rng.sample(words, 2)
+        word = head[:rng.randint(1, len(head))] + tail[rng.randrange(len(tail)):].lower()
+        if rng.random() < 0.5:
+            i = rng.randrange(len(word))
+            word = word[:i] + rng.choice("abcdefghijklmnopqrstuvwxyz") + word[i + rng.randint(0, 1):]
+        word = word.capitalize()
+        if 3 <= len(word) <= 12 and word not in HELD["first"] + HELD["last"] + HELD["city"]:
+            return word
+
+
+def english_name(rng: random.Random, words=WORDS, made_up=0.6) -> tuple[str, str]:
+    """(first, last), a share of them invented."""
+    first, last = (invented(rng, words[kind]) if rng.random() < made_up else rng.choice(words[kind])
+                   for kind in ("first", "last"))
+    return first, last
 
 
 def chinese_name(rng: random.Random, surnames=WORDS["surname"], given=COMMON) -> str:
     return rng.choice(surnames) + "".join(rng.choice(given) for _ in range(rng.choice((1, 2, 2))))
 
 
-def city(rng: random.Random, kind: str, words=WORDS, made_up=0.4) -> str:
+def city(rng: random.Random, kind: str, words=WORDS, made_up=0.5) -> str:
     """A real city, or a made-up town; kind is "city" (English) or "zcity" (Chinese)."""
     if rng.random() >= made_up:
         return rng.choice(words[kind])
-    return made_up_word(rng).capitalize() if kind == "city" else rng.choice(COMMON) + rng.choice(COMMON)
+    return invented(rng, words[kind]) if kind == "city" else rng.choice(COMMON) + rng.choice(COMMON)
 
 
 class Facts(dict):
@@ -172,7 +187,7 @@ def person_task(seed: int, n_train: int, n_heldout: int, chinese: float = 0.25) 
     rng = random.Random(seed)
     seen, made = set(), []
     for i in range(n_train + n_heldout):
-        words, made_up = (HELD, 0.0) if i >= n_train and i % 2 == 0 else (WORDS, 0.4)
+        words, made_up = (HELD, 0.0) if i >= n_train and i % 2 == 0 else (WORDS, 0.5)
         language = "zh" if rng.random() < chinese else "en"
         while True:
             if language == "zh":
