@@ -13,7 +13,7 @@ import json
 import random
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -203,10 +203,10 @@ def person_task(seed: int, n_train: int, n_heldout: int, chinese: float = 0.25) 
 
 
 def quickstart() -> tuple[list[str], list[str]]:
-    """(train, held-out) as they are committed. Two fifths of the training documents are text of the base's own kind:
+    """(train, held-out) as they are committed. A quarter of the training documents is text of the base's own kind:
     who practises one thing alone forgets the others."""
-    train, heldout = person_task(seed=7, n_train=1500, n_heldout=200)
-    train += itertools.islice(base_text(1_000_000_007), 1000)
+    train, heldout = person_task(seed=7, n_train=5000, n_heldout=200)
+    train += itertools.islice(base_text(1_000_000_007), 1500)
     random.Random(7).shuffle(train)
     return train, heldout
 
