@@ -1,6 +1,7 @@
 """Trains the tiny base from scratch on the text of make_texts.py and writes tiny_base.pth.
 
-    python data_samples/make_base.py [--steps 2500] [--threads 2]
+    python data_samples/make_base.py --steps 5000
+    python data_samples/make_base.py --steps 1200 --lr 1e-3 --seed 11 --start data_samples/tiny_base.pth
 
 All parameters are trained, on text drawn afresh for every step: nothing is seen twice but the prose, so the model
 learns to read and to copy rather than to remember.
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from make_texts import TEMPLATES, Facts, base_text, fill, general, repeats
 
-from rwkv_nb.model import RWKV7, Shape, init_weights, save_weights
+from rwkv_nb.model import RWKV7, Shape, init_weights, load_weights, save_weights
 
 SHAPE = Shape(n_layer=4, n_embd=128, vocab_size=257, rank_w=32, rank_a=32, rank_v=32, rank_g=64, ffn_dim=512)
 BATCH = 32             # documents a step
@@ -73,15 +74,18 @@ def report(model: RWKV7, n: int = 200) -> str:
     return f"held-out loss {loss:.4f} · copied whole {right.all(1).float().mean():.3f}"
 
 
-def train(steps: int, out: Path, seed: int = 1) -> RWKV7:
-    """Cosine-decayed AdamW; saves at every report, so a stopped run is of use too."""
-    model = init_weights(RWKV7(SHAPE), seed)
+def train(steps: int, lr: float, out: Path, seed: int, start: Path | None) -> RWKV7:
+    """Cosine-decayed AdamW, from scratch or from the weights in `start`; saves at every report."""
+    model, copy_steps = init_weights(RWKV7(SHAPE), seed), COPY_STEPS
+    if start:
+        model.load_state_dict({key: value.float() for key, value in load_weights(start).items()})
+        copy_steps = 0
     optimizer, began, running = optimizer_for(model), time.time(), 0.0
-    data = itertools.chain(itertools.islice(batches(seed, 0.0), COPY_STEPS), batches(seed + 1, TEXT))
+    data = itertools.chain(itertools.islice(batches(seed, 0.0), copy_steps), batches(seed + 1, TEXT))
     for step, (inputs, targets) in enumerate(itertools.islice(data, steps)):
         wave = 0.5 + 0.5 * math.cos(math.pi * step / steps)
         for group in optimizer.param_groups:
-            group["lr"] = min(1, (step + 1) / WARMUP) * (LR_FINAL + (LR - LR_FINAL) * wave)
+            group["lr"] = min(1, (step + 1) / WARMUP) * (LR_FINAL + (lr - LR_FINAL) * wave)
         loss = F.cross_entropy(model(inputs)[0].flatten(0, 1), targets.flatten(), ignore_index=-1)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -99,12 +103,15 @@ def train(steps: int, out: Path, seed: int = 1) -> RWKV7:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("--steps", type=int, default=6000)
+    options.add_argument("--steps", type=int, default=5000)
+    options.add_argument("--lr", type=float, default=LR)
+    options.add_argument("--seed", type=int, default=1)
+    options.add_argument("--start", type=Path, help="go on from these weights instead of from scratch")
     options.add_argument("--threads", type=int, default=2)
     options.add_argument("--out", type=Path, default=Path(__file__).with_name("tiny_base.pth"))
     chosen = options.parse_args()
     torch.set_num_threads(chosen.threads)
-    model = train(chosen.steps, chosen.out)
+    model = train(chosen.steps, chosen.lr, chosen.out, chosen.seed, chosen.start)
     print(f"{model.shape.n_params():,} parameters · {report(model, 1000)}")
 
 
