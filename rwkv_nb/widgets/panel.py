@@ -74,7 +74,7 @@ class TrainPanel(widgets.VBox):
         self.lr_init = widgets.FloatLogSlider(
             value=rate, min=math.log10(rate) - DECADES, max=math.log10(rate) + DECADES, step=0.02,
             readout_format=".2e", continuous_update=False, description="lr_init", tooltip=texts["lr_init"],
-            layout={"width": "400px"})
+            style={"description_width": "initial"}, layout={"width": "350px"})
         self.grad_clip = widgets.BoundedFloatText(
             value=live.grad_clip, min=0, max=1e6, step=0.1, continuous_update=False, description="grad_clip",
             tooltip=texts["grad_clip"], layout={"width": "180px"})
@@ -153,7 +153,8 @@ class TrainPanel(widgets.VBox):
         self.status.value = html.status_html(session.run.name, status)
         self.start.disabled = status != "ready"
         self.pause.disabled = self.stop.disabled = self.save.disabled = status in ("ready", "stopping", *DONE)
-        self.pause.description, self.pause.icon = ("Resume", "play") if session.paused else ("Pause", "pause")
+        paused = session.paused and not now.done
+        self.pause.description, self.pause.icon = ("Resume", "play") if paused else ("Pause", "pause")
         self.progress.max, self.progress.value = max(now.total_steps, 1), now.step
         self.progress.bar_style = BAR_STYLES.get(status, "info")
         self.figures.value = html.figures_html(now, session.settings.train.epoch_count)
