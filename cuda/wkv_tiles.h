@@ -12,6 +12,7 @@
 #include <c10/util/Half.h>
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 namespace rwkv_nb {
@@ -27,6 +28,7 @@ constexpr int TILE = 2 * LANES;  // two registers wide: enough sums in flight to
 constexpr int CHUNK = 16;        // steps read at once; in backward also the distance of remembered states
 
 typedef float Vec __attribute__((vector_size(LANES * sizeof(float))));
+typedef float AnyVec __attribute__((vector_size(LANES * sizeof(float)), aligned(4)));  // at any address
 typedef int32_t IntVec __attribute__((vector_size(LANES * sizeof(int32_t))));
 
 struct Tile {
@@ -56,67 +58,79 @@ inline Vec exp_vec(Vec x) {
 // and holding w there keeps e finite.
 inline Vec decay_rate(Vec w) { return exp_vec(w > 4.7f ? Vec{} + 4.7f : w); }
 
-// CHUNK steps of some tiles of one tensor as floats, zero-padded to whole tiles.
+// CHUNK steps of one tensor and head as floats, zero-padded to whole tiles.
 struct Rows {
-  int64_t count;  // tiles a step
+  int64_t tiles;  // a step
   Tiles data;
-  explicit Rows(int64_t tiles) : count(tiles), data(CHUNK * tiles) {}
-  float* operator[](int64_t t) { return reinterpret_cast<float*>(&data[t * count]); }
-  Tile& tile(int64_t t, int64_t j = 0) { return data[t * count + j]; }
-
-  void to_decay(int64_t steps) {
-    for (int64_t i = 0; i < steps * count; ++i)
-      for (Vec& x : data[i].x) x = exp_vec(-decay_rate(x));
-  }
+  explicit Rows(int64_t tiles) : tiles(tiles), data(CHUNK * tiles) {}
+  float* operator[](int64_t t) { return reinterpret_cast<float*>(&data[t * tiles]); }
+  Tile& tile(int64_t t, int64_t j) { return data[t * tiles + j]; }
 };
 
-// A tensor [B,T,H,N] of float, bfloat16 or half with any strides but the last, which is made 1.
+// Raw decay inputs to decays, tiles first..last.
+inline void to_decay(Rows& decay, Rows& w, int64_t steps, int64_t first, int64_t last) {
+  for (int64_t t = 0; t < steps; ++t)
+    for (int64_t j = first; j < last; ++j)
+      for (int i = 0; i < 2; ++i) decay.tile(t, j).x[i] = exp_vec(-decay_rate(w.tile(t, j).x[i]));
+}
+
+// A tensor [B,T,H,N] of float, bfloat16 or half with any strides but the last, which is made 1. Its rows are copied
+// before they are worked on: neighbours in time lie C numbers apart, which for many C is one and the same cache set.
 class Sequence {
  public:
-  explicit Sequence(const at::Tensor& x) : held_(x.stride(3) == 1 ? x : x.contiguous()) {
-    const auto dtype = x.scalar_type();
-    TORCH_CHECK(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf, "WKV on the CPU takes float32, "
-                "bfloat16 and float16, not ", dtype);
+  explicit Sequence(const at::Tensor& x) : held_(x.stride(3) == 1 ? x : x.contiguous()), dtype_(x.scalar_type()) {
+    TORCH_CHECK(dtype_ == at::kFloat || dtype_ == at::kBFloat16 || dtype_ == at::kHalf, "WKV on the CPU takes ",
+                "float32, bfloat16 and float16, not ", dtype_);
     T_ = x.size(1), H_ = x.size(2), N_ = x.size(3);
+    size_ = held_.element_size();
+    stride_b_ = held_.stride(0) * size_, stride_t_ = held_.stride(1) * size_, stride_h_ = held_.stride(2) * size_;
     data_ = static_cast<char*>(held_.data_ptr());
-    bytes_ = held_.element_size();
   }
-  // Tiles first..last of steps t0..t0+steps of head bh to the front of rows. A step behind the end reads as `after`.
-  void load(Rows& rows, int64_t bh, int64_t t0, int64_t steps, int64_t first, int64_t last, float after = 0) const {
-    const int64_t columns = std::min(last * TILE, N_) - first * TILE;
-    for (int64_t s = 0; s < steps; ++s)
-      if (t0 + s >= T_) std::fill(rows[s], rows[s] + columns, after);
-      else if (type() == at::kFloat) copy(rows[s], at<float>(bh, t0 + s, first), columns);
-      else if (type() == at::kBFloat16) copy(rows[s], at<c10::BFloat16>(bh, t0 + s, first), columns);
-      else copy(rows[s], at<c10::Half>(bh, t0 + s, first), columns);
+  // Tiles first..last of steps t0..t0+steps of head bh to rows. A step behind the end reads as `after`. The chunk at
+  // `next`, if there is one, is asked for meanwhile: no processor foresees rows that lie so far apart.
+  void load(Rows& rows, int64_t bh, int64_t t0, int64_t steps, int64_t next, int64_t first, int64_t last,
+            float after = 0) const {
+    const int64_t from = first * TILE, n = std::min(last * TILE, N_) - from;
+    for (int64_t s = 0; s < steps; ++s) {
+      if (next + s >= 0 && next + s < T_)
+        for (int64_t i = 0; i < n * size_; i += 64) __builtin_prefetch(row(bh, next + s, from) + i);
+      float* to = rows[s] + from;
+      if (t0 + s >= T_) std::fill(to, to + n, after);
+      else with_row(bh, t0 + s, from, [&](const auto* x) { copy(to, x, n); });
+    }
   }
   // The way back.
   void store(Rows& rows, int64_t bh, int64_t t0, int64_t steps, int64_t first, int64_t last) const {
-    const int64_t columns = std::min(last * TILE, N_) - first * TILE;
+    const int64_t from = first * TILE, n = std::min(last * TILE, N_) - from;
     for (int64_t s = 0; s < steps; ++s)
-      if (type() == at::kFloat) copy(at<float>(bh, t0 + s, first), rows[s], columns);
-      else if (type() == at::kBFloat16) copy(at<c10::BFloat16>(bh, t0 + s, first), rows[s], columns);
-      else copy(at<c10::Half>(bh, t0 + s, first), rows[s], columns);
+      with_row(bh, t0 + s, from, [&](auto* x) { copy(x, rows[s] + from, n); });
   }
 
  private:
-  at::ScalarType type() const { return held_.scalar_type(); }
-  template <typename X>
-  X* at(int64_t bh, int64_t t, int64_t tile) const {
-    return reinterpret_cast<X*>(data_ + bytes_ * (bh / H_ * held_.stride(0) + t * held_.stride(1) +
-                                                  bh % H_ * held_.stride(2) + tile * TILE));
+  char* row(int64_t bh, int64_t t, int64_t n) const {
+    return data_ + bh / H_ * stride_b_ + t * stride_t_ + bh % H_ * stride_h_ + n * size_;
+  }
+  template <typename Use>
+  void with_row(int64_t bh, int64_t t, int64_t n, const Use& use) const {
+    if (dtype_ == at::kFloat) use(reinterpret_cast<float*>(row(bh, t, n)));
+    else if (dtype_ == at::kBFloat16) use(reinterpret_cast<c10::BFloat16*>(row(bh, t, n)));
+    else use(reinterpret_cast<c10::Half*>(row(bh, t, n)));
   }
   template <typename To, typename From>
   static void copy(To* __restrict to, const From* __restrict from, int64_t n) {
     int64_t i = 0;
-    for (; i + TILE <= n; i += TILE)
-      for (int64_t j = 0; j < TILE; ++j) to[i + j] = static_cast<To>(static_cast<float>(from[i + j]));
+    for (; i + LANES <= n; i += LANES)  // in whole registers
+      if constexpr (std::is_same_v<To, From>)
+        reinterpret_cast<AnyVec&>(to[i]) = reinterpret_cast<const AnyVec&>(from[i]);
+      else
+        for (int j = 0; j < LANES; ++j) to[i + j] = static_cast<To>(static_cast<float>(from[i + j]));
     for (; i < n; ++i) to[i] = static_cast<To>(static_cast<float>(from[i]));
   }
 
   at::Tensor held_;
+  at::ScalarType dtype_;
   char* data_;
-  int64_t T_, H_, N_, bytes_;
+  int64_t T_, H_, N_, size_, stride_b_, stride_t_, stride_h_;
 };
 
 // A state [V,K] (null: zeros) to the value tiles X[tile][key], and back.
@@ -130,14 +144,22 @@ inline void store_values(float* state, const Tiles& X, int64_t N, int64_t first,
     for (int64_t k = 0; k < N; ++k) state[v * N + k] = X[v / TILE * N + k].x[v % TILE / LANES][v % LANES];
 }
 
-// A state [V,K] (null: zeros) to one key tile X[value].
-inline void load_keys(Tiles& X, const float* state, int64_t N, int64_t tile) {
-  const int64_t columns = std::min<int64_t>(TILE, N - tile * TILE);
-  for (int64_t v = 0; v < N; ++v) {
-    X[v] = Tile();
-    const float* row = state + v * N + tile * TILE;
-    if (state) std::copy(row, row + columns, reinterpret_cast<float*>(&X[v]));
-  }
+// A state [V,K] (null: zeros) to the key tiles X[tile][value], and back.
+inline void load_keys(Tiles& X, const float* state, int64_t N, int64_t first, int64_t last) {
+  for (int64_t j = first; j < last; ++j)
+    for (int64_t v = 0; v < N; ++v) {
+      X[j * N + v] = Tile();
+      const float* row = state + v * N + j * TILE;
+      if (state) std::copy(row, row + std::min<int64_t>(TILE, N - j * TILE), reinterpret_cast<float*>(&X[j * N + v]));
+    }
+}
+
+inline void store_keys(float* state, Tiles& X, int64_t N, int64_t first, int64_t last) {
+  for (int64_t j = first; j < last; ++j)
+    for (int64_t v = 0; v < N; ++v) {
+      const float* row = reinterpret_cast<const float*>(&X[j * N + v]);
+      std::copy(row, row + std::min<int64_t>(TILE, N - j * TILE), state + v * N + j * TILE);
+    }
 }
 
 // work.run(head, first tile, last tile + 1) over every tile of every head, with one Work(args...) a thread for its

@@ -27,8 +27,8 @@ from ..errors import KernelError
 # No -ffast-math: a library linked with it can switch off denormal numbers in the whole process.
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fopenmp")
 SOURCES = ("wkv7_cpu.cpp",)
-INSTALL = "install a C++ compiler (Debian, Ubuntu, WSL: sudo apt install g++ · conda: conda install -c conda-forge gxx) " \
-          "and start the notebook's kernel again"
+INSTALL = ("install a C++ compiler (Debian, Ubuntu, WSL: sudo apt install g++ · conda: conda install -c conda-forge "
+           "gxx) and start the notebook's kernel again")
 _lock = threading.Lock()
 
 
@@ -40,7 +40,7 @@ def load_cpu_kernels() -> None:
     with _lock:
         error = _load_once()
     if error is not None:
-        raise error
+        raise KernelError(error.what, where=error.where, fix=error.fix)
 
 
 def compiler_info() -> dict:
@@ -58,6 +58,11 @@ def source_folder() -> Path:
         if (folder / SOURCES[0]).is_file():
             return folder
     raise KernelError("the kernels' sources are missing", where=str(package / "cuda"), fix="install rwkv_nb again")
+
+
+def library_name() -> str:
+    """Name of the library that this compiler builds, without its suffix."""
+    return f"{_stem()}-{_digest(_compiler_version())}"
 
 
 def cache_folder() -> Path:
@@ -87,7 +92,7 @@ def _load_once() -> KernelError | None:
 
 def _build_locked() -> None:
     """Build and load, or wait for the process that is building and load what it built."""
-    name = _stem() + "-" + _digest(_compiler_version())
+    name = library_name()
     cache_folder().mkdir(parents=True, exist_ok=True)
     with open(cache_folder() / f"{name}.lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # gone with its process, however that ends
@@ -115,17 +120,24 @@ def _build(name: str) -> None:
                                extra_ldflags=["-fopenmp"], build_directory=str(folder), with_cuda=False,
                                is_python_module=False)
     except (RuntimeError, ImportError, subprocess.SubprocessError) as error:
-        lines = "\n".join(str(error).strip().splitlines()[-12:])
-        raise KernelError(f"the C++ kernels did not compile:\n{lines}", where=compiler, fix=INSTALL) from error
+        raise KernelError(f"the C++ kernels did not compile:\n{_last_words(error)}", where=compiler,
+                          fix=INSTALL) from None
     os.replace(folder / "rwkv_nb_cpu.so", cache_folder() / f"{name}.so")
     shutil.rmtree(folder, ignore_errors=True)
     print(f"rwkv_nb: ready after {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
 
 
+def _last_words(error: Exception) -> str:
+    """The end of what the compiler said, without the command lines of ninja."""
+    said = getattr(error, "output", None) or str(error)
+    said = said.decode(errors="replace") if isinstance(said, bytes) else said
+    return "\n".join([line for line in said.strip().splitlines() if len(line) < 300][-12:])
+
+
 def _built() -> Path | None:
     """The library for this compiler; where there is none, one that any compiler built for the rest of the key."""
     if _compiler():
-        library = cache_folder() / f"{_stem()}-{_digest(_compiler_version())}.so"
+        library = cache_folder() / f"{library_name()}.so"
         return library if library.is_file() else None
     return max(cache_folder().glob(f"{_stem()}-*.so"), key=lambda p: p.stat().st_mtime, default=None)
 

@@ -22,14 +22,14 @@ CHUNK = 16
 
 def wkv7_steps(r, w, k, v, a, b, state=None):
     """The definition, one step at a time. Shapes and dtypes: see the module."""
-    S, (r32, w32, k32, v32, a32, b32) = _prepare(state, r, w, k, v, a, b)
-    decay = torch.exp(-torch.exp(w32))
+    S, inputs = _prepare(state, r, w, k, v, a, b)
+    inputs[1] = torch.exp(-torch.exp(inputs[1]))
     y = []
-    for t in range(r.shape[1]):
-        sa = S @ a32[:, t, :, :, None]                                  # (B, H, V, 1)
-        S = S * decay[:, t, :, None, :] + sa * b32[:, t, :, None, :] + v32[:, t, :, :, None] * k32[:, t, :, None, :]
-        y.append(S @ r32[:, t, :, :, None])
-    return rearrange(torch.stack(y), "T B H V 1 -> B T H V").to(r.dtype), S
+    for r_t, d_t, k_t, v_t, a_t, b_t in zip(*(x.unbind(1) for x in inputs), strict=True):  # (B, H, N) each
+        sa = S @ a_t[..., None]                                                             # (B, H, V, 1)
+        S = S * d_t[..., None, :] + sa * b_t[..., None, :] + v_t[..., None] * k_t[..., None, :]
+        y.append(S @ r_t[..., None])
+    return rearrange(y, "T B H V 1 -> B T H V").to(r.dtype), S
 
 
 def wkv7_chunked(r, w, k, v, a, b, state=None):
@@ -44,7 +44,8 @@ def wkv7_chunked(r, w, k, v, a, b, state=None):
     # Below exp(-81) a decay is 0 in float32; the bound keeps every exponent here finite, in value and gradient.
     inputs[1] = -torch.exp(inputs[1].clamp(max=4.4))
     # Padding is a step with log-decay 0 and nothing added: it leaves the state alone.
-    r, logd, k, v, a, b = (rearrange(F.pad(x, (0, 0, 0, 0, 0, -T % L)), "B (n L) H N -> B H n L N", L=L) for x in inputs)
+    inputs = [F.pad(x, (0, 0, 0, 0, 0, -T % L)) for x in inputs]
+    r, logd, k, v, a, b = (rearrange(x, "B (n L) H N -> B H n L N", L=L) for x in inputs)
 
     c = logd.double().cumsum(-2)             # log-decay from the chunk's start through step t
     before = c - logd                        # ... to just before step t

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from ..errors import KernelError
+
 
 class SelfTest(NamedTuple):
     op: str       # the op asked for
@@ -18,7 +20,7 @@ class SelfTest(NamedTuple):
 def self_test(ops=("torch", "chunked", "cpu")) -> list[SelfTest]:
     """Each op in float32 on the CPU against the definition in float64, forward and every gradient. About a second
     (more if the C++ kernel is compiled first). Never raises: an op that cannot run is a row that is not ok."""
-    from . import KernelError, wkv7
+    from . import wkv7
     inputs = realistic_inputs(2, 37, 3, 64)
     upstream = torch.randn(2, 37, 3, 64), torch.randn(2, 3, 64, 64)
     reference = outputs_and_grads(wkv7, inputs, upstream, torch.float64, op="torch")
@@ -29,7 +31,7 @@ def self_test(ops=("torch", "chunked", "cpu")) -> list[SelfTest]:
         except KernelError as error:
             rows.append(SelfTest(op, float("nan"), False, str(error)))
             continue
-        error = max(relative_error(x, ref) for x, ref in zip(out, reference))
+        error = max(relative_error(x, ref) for x, ref in zip(out, reference, strict=True))
         rows.append(SelfTest(op, error, error <= 2e-6, ""))
     return rows
 
