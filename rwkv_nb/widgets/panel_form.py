@@ -14,7 +14,8 @@ from ..errors import SettingsError
 from ..runs import Run
 from .panel_html import error_html
 
-FIELDS = ("r", "lora_alpha", "ctx_len", "micro_bsz", "epoch_count", "lr_init", "lr_final", "precision")
+FIELDS = ("r", "lora_alpha", "ctx_len", "micro_bsz", "epoch_count", "epoch_steps", "lr_init", "lr_final",
+          "precision")
 
 
 class SettingsForm(widgets.VBox):
