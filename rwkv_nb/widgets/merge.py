@@ -35,7 +35,7 @@ class StrengthSlider(widgets.VBox):
         self.slider = widgets.FloatSlider(value=1.0, min=0.0, max=1.5, step=0.05, continuous_update=False,
                                           description="strength", tooltip="0 is the base, 1 the adapter as trained",
                                           layout={"width": "620px"})
-        self.answer = widgets.HTML()
+        self.answer = widgets.HTML(layout={"margin": "0 0 0 90px"})  # under the question and the slider
         super().__init__([self.question, self.slider, self.answer], layout={"grid_gap": "4px"})
         for control in (self.question, self.slider):
             control.observe(self._ask, "value")
