@@ -75,19 +75,18 @@ def samples_html(samples: Iterable[Sample]) -> str:
     samples = sorted(samples, key=lambda sample: -sample.step)
     if not samples:
         return ""
-    style = (f'style="padding:5px 10px;border-bottom:{LINE};text-align:left;vertical-align:top;white-space:pre-wrap;'
-             'overflow-wrap:anywhere"')
-    head = "".join(f"<th {style}>{text}</th>" for text in ("step", "prompt", "base", "with the adapter"))
-    body = "".join("<tr>" + "".join(f"<td {style}>{escape(_compact(text))}</td>" for text in
-                                    (s.step, s.prompt, s.base, s.adapter)) + "</tr>" for s in samples)
-    widths = "".join(f'<col style="width:{width}%">' for width in (6, 30, 32, 32))
+    style = f"padding:5px 10px;border-bottom:{LINE};text-align:left;vertical-align:top;"
+    wide = f'style="{style}width:33%;white-space:pre-wrap;overflow-wrap:anywhere"'
+    head = "".join(f'<th style="{style}">{text}</th>' for text in ("step", "prompt", "base", "with the adapter"))
+    body = "".join(f'<tr><td style="{style}">{s.step}</td>'
+                   + "".join(f"<td {wide}>{escape(_compact(text))}</td>" for text in (s.prompt, s.base, s.adapter))
+                   + "</tr>" for s in samples)
     return (f'<div style="max-height:320px;overflow:auto"><table style="width:100%;border-collapse:collapse;'
-            f'line-height:1.4"><colgroup>{widths}</colgroup><thead><tr>{head}</tr></thead><tbody>{body}</tbody>'
-            f'</table></div>')
+            f'line-height:1.4"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')
 
 
-def _compact(text) -> str:
-    return re.sub(r"\n\s*\n", "\n", str(text).strip())
+def _compact(text: str) -> str:
+    return re.sub(r"\n\s*\n", "\n", text.strip())
 
 
 def files_html(folder: str, files: Iterable[str]) -> str:
