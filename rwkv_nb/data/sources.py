@@ -55,9 +55,8 @@ class Documents(Sequence):
         self._bits = np.concatenate(bits) if template.learnt else None
         self._first = np.concatenate([[0], np.cumsum(-(-self.sizes // 8))])
         if whole:
-            markers = " ".join(template.given + template.learnt)
-            self.notices.append(f"{whole} of {len(self)} documents have none of the markers {markers}: "
-                                "they are trained whole")
+            markers = ", ".join(template.given + template.learnt)
+            self.notices.append(f"{whole} of {len(self)} documents are trained whole: they have no marker ({markers})")
 
     def __len__(self) -> int:
         return len(self.sizes)

