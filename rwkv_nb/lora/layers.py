@@ -75,31 +75,33 @@ class LoraLinear(nn.Linear):
 
 class _LoraProduct(torch.autograd.Function):
     """Both paths in one node: the narrow path is added into the wide product in place, both ways, and backward keeps
-    only dropout(x) and the [M,R] middle. Autograd's own graph would write and read each [M,out] tensor once more."""
+    dropout(x), the few places that were hit, and the [M,R] middle. Autograd's own graph would write and read each
+    [M,out] tensor once more."""
 
     @staticmethod
     def forward(ctx, x, W, bias, A, B, scale, p, seed):
         rows = x.reshape(-1, x.shape[-1])                           # [M,in]
-        kept = _zero_dropped(rows.clone(), p, seed) if p else rows
+        hits = _draw_hits(rows.numel(), p, seed, x.device) if p else None
+        kept = _zero(rows.clone(), hits) if p else rows
         scale = scale / (1 - p)
         middle = kept @ A.to(x.dtype).t()                           # [M,R]
         y = F.linear(rows, W, bias).addmm_(middle, B.to(x.dtype).t(), alpha=scale)
-        ctx.save_for_backward(kept, middle, W, A, B)
-        ctx.scale, ctx.p, ctx.seed, ctx.shape = scale, p, seed, x.shape
+        ctx.save_for_backward(kept, hits, middle, W, A, B)
+        ctx.scale, ctx.shape = scale, x.shape
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        kept, middle, W, A, B = ctx.saved_tensors
+        kept, hits, middle, W, A, B = ctx.saved_tensors
         need_x, _, _, need_A, need_B = ctx.needs_input_grad[:5]
         dy = dy.reshape(-1, dy.shape[-1])                           # [M,out]
         d_middle = dy @ (B * ctx.scale).to(dy.dtype)                # [M,R]
         dx = dA = dB = None
         if need_x:
             dx = d_middle @ A.to(dy.dtype)
-            if ctx.p:
-                dx = _zero_dropped(dx, ctx.p, ctx.seed)
+            if hits is not None:
+                dx = _zero(dx, hits)
             dx = dx.addmm_(dy, W).view(ctx.shape)
         if need_A:
             dA = (d_middle.t() @ kept).to(A.dtype)
@@ -108,21 +110,25 @@ class _LoraProduct(torch.autograd.Function):
         return dx, None, None, dA, dB, None, None, None
 
 
-def _zero_dropped(x: Tensor, p: float, seed: int) -> Tensor:
-    """x with each element set to 0 with probability p, in place; the same seed hits the same elements.
+def _draw_hits(n: int, p: float, seed: int, device: torch.device) -> Tensor:
+    """Which of n elements dropout hits, each with probability p: int64, ascending; those from n on mean nothing.
 
     The gaps between hits are drawn (geometric), not one number an element: at p = 0.01 a small part of the work.
     """
-    n = x.numel()
-    generator = torch.Generator(x.device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     enough = int(n * p + 8 * math.sqrt(n * p) + 16)  # hits: mean np, and eight standard deviations to be sure
-    uniform = torch.rand(enough, generator=generator, device=x.device)
+    uniform = torch.rand(enough, generator=generator, device=device)
     gaps = uniform.neg_().log1p_().div_(math.log1p(-p)).long().add_(1)
-    hits, flat = gaps.cumsum_(0).sub_(1), x.view(-1)
+    return gaps.cumsum_(0).sub_(1)
+
+
+def _zero(x: Tensor, hits: Tensor) -> Tensor:
+    """x with the elements that were hit set to 0, in place."""
+    flat, end = x.view(-1), x.numel() - 1
     # hits beyond the end are moved onto the last element, which then gets back what it is due: cutting them off
     # would make a GPU wait for the CPU to learn how many they are
-    last = flat[-1] * (hits != n - 1).all()
-    flat.index_fill_(0, hits.clamp_(max=n - 1), 0)[-1] = last
+    last = flat[-1] * (hits != end).all()
+    flat.index_fill_(0, hits.clamp(max=end), 0)[-1] = last
     return x
 
 
