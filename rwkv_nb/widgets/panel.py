@@ -36,7 +36,7 @@ class TrainPanel(widgets.VBox):
         self._session, self._live = session, session.snapshot().live
         self._stopping, self._complaint = False, ""
         self._lock, self._wake = threading.RLock(), threading.Event()
-        self._painted, self._figure_due = None, 0.0
+        self._painted, self._figure_due = 0, 0.0
         self._make_controls(self._live)
         self._make_displays()
         super().__init__([
@@ -107,7 +107,7 @@ class TrainPanel(widgets.VBox):
         self.status, self.error, self.figures, self.notices, self.samples, self.files = (
             widgets.HTML() for _ in range(6))
         self.progress = widgets.FloatProgress(min=0, max=1, layout={"width": "99%"})
-        self.loss = widgets.Image(format="png", layout={"width": "99%"})
+        self.loss = widgets.Image(format="png", layout={"width": "99%", "display": "none"})
         self.command = widgets.HTML(html.command_html(shell_command(self._session.settings, self._session.run)))
 
     def _paint_until_done(self) -> None:
@@ -128,7 +128,7 @@ class TrainPanel(widgets.VBox):
         self._paint_texts(now)
         due = time.monotonic() >= self._figure_due or now.done
         if due and len(now.rows) != self._painted:
-            began = time.monotonic()
+            began, self.loss.layout.display = time.monotonic(), "block"
             self.loss.value = png(loss_figure(now.rows), dpi=150)
             self._painted = len(now.rows)
             self._figure_due = began + max(SECOND, (time.monotonic() - began) / FIGURE_SHARE)
