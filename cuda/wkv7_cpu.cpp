@@ -1,6 +1,6 @@
 // WKV-7 on CPUs. Per head:  sa_t = S_{t-1} a_t;  S_t = S_{t-1} diag(d_t) + sa_t b_tᵀ + v_t k_tᵀ;  y_t = S_t r_t.
 //
-// Backward, with G_t the gradient at S_t and gb_t = G_t b_t:  G_t = G_{t+1} diag(d_{t+1}) + gb_{t+1} a_{t+1}ᵀ + dy_t r_tᵀ
+// Backward, with G_t the gradient at S_t, gb_t = G_t b_t:  G_t = G_{t+1} diag(d_{t+1}) + gb_{t+1} a_{t+1}ᵀ + dy_t r_tᵀ.
 // Once forward in time, over key tiles, to have S at the start of every chunk; then chunk by chunk back in time:
 //   values  G over value tiles, for gb and dv = G k
 //   recall  S of the chunk over key tiles, computed again (never divided back, so that any decay is exact), for

@@ -86,16 +86,15 @@ class Sequence {
     stride_b_ = held_.stride(0) * size_, stride_t_ = held_.stride(1) * size_, stride_h_ = held_.stride(2) * size_;
     data_ = static_cast<char*>(held_.data_ptr());
   }
-  // Tiles first..last of steps t0..t0+steps of head bh to rows. A step behind the end reads as `after`. The chunk at
+  // Tiles first..last of steps t0..t0+steps of head bh to rows. A step behind the end reads as 0. The chunk at
   // `next`, if there is one, is asked for meanwhile: no processor foresees rows that lie so far apart.
-  void load(Rows& rows, int64_t bh, int64_t t0, int64_t steps, int64_t next, int64_t first, int64_t last,
-            float after = 0) const {
+  void load(Rows& rows, int64_t bh, int64_t t0, int64_t steps, int64_t next, int64_t first, int64_t last) const {
     const int64_t from = first * TILE, n = std::min(last * TILE, N_) - from;
     for (int64_t s = 0; s < steps; ++s) {
       if (next + s >= 0 && next + s < T_)
         for (int64_t i = 0; i < n * size_; i += 64) __builtin_prefetch(row(bh, next + s, from) + i);
       float* to = rows[s] + from;
-      if (t0 + s >= T_) std::fill(to, to + n, after);
+      if (t0 + s >= T_) std::fill(to, to + n, 0.0f);
       else with_row(bh, t0 + s, from, [&](const auto* x) { copy(to, x, n); });
     }
   }

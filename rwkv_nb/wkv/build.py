@@ -16,7 +16,6 @@ import platform
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -29,7 +28,6 @@ FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fopenmp")
 SOURCES = ("wkv7_cpu.cpp",)
 INSTALL = ("install a C++ compiler (Debian, Ubuntu, WSL: sudo apt install g++ · conda: conda install -c conda-forge "
            "gxx) and start the notebook's kernel again")
-_lock = threading.Lock()
 
 
 def load_cpu_kernels() -> None:
@@ -37,8 +35,7 @@ def load_cpu_kernels() -> None:
 
     Raises KernelError with the reason and the fix, again at once if it failed before in this process.
     """
-    with _lock:
-        error = _load_once()
+    error = _load_once()
     if error is not None:
         raise KernelError(error.what, where=error.where, fix=error.fix)
 
@@ -144,7 +141,8 @@ def _built() -> Path | None:
 
 @functools.cache
 def _stem() -> str:
-    sources = b"".join(p.read_bytes() for p in sorted(source_folder().glob("*.[ch]*")))
+    folder = source_folder()
+    sources = b"".join(p.read_bytes() for p in [*map(folder.joinpath, SOURCES), *sorted(folder.glob("*.h"))])
     return "wkv_cpu-" + _digest(sources, torch.__version__, " ".join(FLAGS), _cpu())
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import threading
 
 import torch
 
 from .build import load_cpu_kernels
+
+_lock = threading.Lock()
 
 
 def wkv7_kernel(r, w, k, v, a, b, state=None):
@@ -17,12 +20,18 @@ def wkv7_kernel(r, w, k, v, a, b, state=None):
     return y, last
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def load() -> None:
     """Load the kernels, compiling them if need be, and register what autograd and torch.compile must know.
 
-    Raises KernelError where they cannot be had.
+    Safe to call often and from several threads. Raises KernelError where the kernels cannot be had.
     """
+    with _lock:
+        _load_once()
+
+
+@functools.cache
+def _load_once() -> None:
     load_cpu_kernels()
     torch.library.register_fake("rwkv_nb::wkv7", _fake)
     torch.library.register_fake("rwkv_nb::wkv7_backward", _fake_backward)

@@ -216,11 +216,12 @@ def test_nothing_is_saved_without_grad():
     assert wkv7(*six, op="cpu")[0].grad_fn is None
 
 
-def test_torch_compile_holds_the_cpu_op():
+@pytest.mark.parametrize("op", ["auto", "cpu"])
+def test_torch_compile_holds_the_cpu_op(op):
     six = [x.requires_grad_() for x in realistic_inputs(1, 20, 2, 16)[:6]]
     pick_op("cpu", "cpu")
     torch.library.opcheck(torch.ops.rwkv_nb.wkv7, (*six, None, True))
-    whole = torch.compile(lambda *x: wkv7(*x)[0].sin(), backend="aot_eager", fullgraph=True)
+    whole = torch.compile(lambda *x: wkv7(*x, op=op)[0].sin(), backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(whole(*six), wkv7(*six)[0].sin())
     grads = [torch.autograd.grad(f(*six).sum(), six) for f in (whole, lambda *x: wkv7(*x)[0].sin())]
     for x, y in zip(*grads, strict=True):
