@@ -36,7 +36,7 @@ def test_jsonl_and_binidx_give_the_same_documents(data, tokenizer, template):
         assert np.array_equal(a.mask, b.mask) and np.array_equal(a.mask, loss_mask(a.tokens, tokenizer, template))
     assert one.sizes.tolist() == [len(d.tokens) for d in one]
     assert one[-1].tokens.tolist() == one[2].tokens.tolist()
-    assert (template == "chat") == any("1 of 3 documents have none" in n for n in one.notices)
+    assert (template == "chat") == any("1 of 3 documents are trained whole" in n for n in one.notices)
 
 
 def test_a_name_without_suffix_finds_its_file(data):
