@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 MAX_LOGIT = 1e-4
+SLICE = 2**19  # logits that a CPU works on at once: 2 MB in fp32
 
 
 def head_loss(hidden: Tensor, head: nn.Module, targets: Tensor, mask: Tensor, n_trained: int,
@@ -29,48 +30,55 @@ def head_loss(hidden: Tensor, head: nn.Module, targets: Tensor, mask: Tensor, n_
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, head, targets, n_trained, chunk, *parameters):
-        wanted = [t for t, need in zip((hidden, *parameters), (ctx.needs_input_grad[0], *ctx.needs_input_grad[5:]),
-                                       strict=True) if need]
-        grads = [torch.zeros_like(t) for t in wanted]
-        loss, ce = (torch.zeros((), device=hidden.device) for _ in range(2))
-        for start in range(0, len(hidden), chunk):
-            rows = slice(start, start + chunk)
-            h = hidden[rows].detach().requires_grad_(ctx.needs_input_grad[0])
-            with torch.set_grad_enabled(bool(wanted)):
-                logits = head(h)
-            sum_ce, sum_top, d_logits = _loss_and_gradient(logits.detach(), targets[rows], n_trained, bool(wanted))
-            ce += sum_ce
-            loss += (sum_ce + 0.5 * MAX_LOGIT * sum_top) / n_trained
-            if wanted:
-                inputs = ([h] if ctx.needs_input_grad[0] else []) + list(parameters)
-                parts = torch.autograd.grad(logits, inputs, d_logits.to(logits.dtype))
-                for i, part in enumerate(parts):
-                    of_hidden = i == 0 and ctx.needs_input_grad[0]
-                    (grads[i][rows] if of_hidden else grads[i]).add_(part)
+        wanted = any(ctx.needs_input_grad)
+        d_hidden, *d_parameters = grads = [torch.zeros_like(x) for x in (hidden, *parameters)]
+        sums = torch.zeros(2, device=hidden.device)
+        # The usual head is two products through one buffer: touching new memory for each chunk's logits costs a CPU
+        # about a third of the product itself.
+        weight = head.weight if type(head) is nn.Linear and head.bias is None and not parameters else None
+        buffer = None if weight is None else hidden.new_empty(min(chunk, len(hidden)), len(weight))
+        for h, t, d_h in zip(hidden.split(chunk), targets.split(chunk), d_hidden.split(chunk), strict=True):
+            if weight is not None:
+                logits = torch.mm(h, weight.t(), out=buffer[:len(h)])
+            else:
+                h = h.detach().requires_grad_(wanted)
+                with torch.set_grad_enabled(wanted):
+                    logits = head(h)
+            sums += _loss_and_gradient(logits.detach(), t, wanted)  # logits hold their own gradient from here on
+            if wanted and weight is not None:
+                torch.mm(logits, weight, out=d_h)
+            elif wanted:
+                parts = torch.autograd.grad(logits, [h, *parameters], logits.detach())
+                for total, part in zip([d_h, *d_parameters], parts, strict=True):
+                    total += part
         ctx.save_for_backward(*grads)
+        ctx.n_trained = n_trained
+        ce, squares = sums.unbind()
         ctx.mark_non_differentiable(ce)
-        return loss, ce
+        return (ce + 0.5 * MAX_LOGIT * squares) / n_trained, ce
 
     @staticmethod
     def backward(ctx, d_loss, _):
-        saved = iter(ctx.saved_tensors)
-        needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[5:])
-        d_hidden, *d_parameters = (next(saved) * d_loss if need else None for need in needs)
+        d_hidden, *d_parameters = (grad * (d_loss / ctx.n_trained) for grad in ctx.saved_tensors)
         return d_hidden, None, None, None, None, *d_parameters
 
 
-def _loss_and_gradient(logits: Tensor, targets: Tensor, n_trained: int, with_gradient: bool):
-    """logits [M,V] (overwritten when fp32), targets [M] → Σ ce, Σ max², d loss / d logits [M,V] or None."""
-    z = logits.float()
-    top, where = z.max(dim=-1, keepdim=True)
-    targets = targets[:, None]
-    ce = -(z.gather(1, targets) - top)
-    z = z.sub_(top).exp_()
-    total = z.sum(dim=-1, keepdim=True)
-    ce = (ce + total.log()).sum()
-    if not with_gradient:
-        return ce, top.square().sum(), None
-    z.div_(total * n_trained)
-    z.scatter_add_(1, targets, torch.full_like(top, -1 / n_trained))
-    z.scatter_add_(1, where, top * (MAX_LOGIT / n_trained))
-    return ce, top.square().sum(), z
+def _loss_and_gradient(logits: Tensor, targets: Tensor, with_gradient: bool) -> Tensor:
+    """logits [M,V], targets [M] → (Σ ce, Σ max²), fp32 [2]. logits become N · d loss / d logits, in place.
+
+    A CPU takes a few rows at a time, which stay in its caches from one pass to the next; fp32 copies are that small.
+    """
+    rows = len(logits) if logits.is_cuda else SLICE // logits.shape[1]
+    sums = torch.zeros(2, device=logits.device)
+    for part, t in zip(logits.split(max(rows, 1)), targets[:, None].split(max(rows, 1)), strict=True):
+        z = part.float()
+        p = torch.softmax(z, dim=-1)
+        p_top, where = p.max(dim=-1, keepdim=True)
+        top = z.gather(1, where)
+        ce = top - z.gather(1, t) - p_top.log()  # p_top = 1 / Σ exp(z - top)
+        sums += torch.stack([ce.sum(), top.square().sum()])
+        if with_gradient:
+            p.scatter_add_(1, t, torch.full_like(top, -1))
+            p.scatter_add_(1, where, top * MAX_LOGIT)
+            part.copy_(p)
+    return sums

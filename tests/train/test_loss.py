@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rwkv_nb.train.loss import head_loss
+from rwkv_nb.train.loss import SLICE, head_loss
 
 
 def plain_loss(hidden, head, targets, mask, n_trained):
@@ -37,6 +37,16 @@ def test_equals_the_plain_computation(chunk):
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(ce, expected_ce, rtol=2e-6, atol=1e-5)
     assert_same(grad, expected_grad)
+
+
+def test_large_vocabularies_are_worked_on_in_slices():
+    V = SLICE // 4
+    hidden, head, targets, mask = example(T=7, C=4, V=V)
+    n = int(mask.sum())
+    got, expected = (f(hidden, head, targets, mask, n)[0] for f in (head_loss, plain_loss))
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+    grad, expected_grad = (torch.autograd.grad(loss, hidden)[0] for loss in (got, expected))
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-5, atol=1e-7)
 
 
 def test_a_trained_head_gets_its_gradient():

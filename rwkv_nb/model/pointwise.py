@@ -1,0 +1,59 @@
+"""Two of RWKV-7's pointwise steps with gradients written by hand: plain autograd would pass over memory twice as often.
+
+Axes: B batch, T time, C channels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def token_shift(x: Tensor, last: Tensor, *mixes: Tensor) -> tuple[Tensor, ...]:
+    """x + (x' - x) ⊙ mix for each mix, where x' is each token's predecessor.
+
+    x [B,T,C], last [B,C] before its first token, mixes [1,1,C] → as many tensors [B,T,C].
+    """
+    return _TokenShift.apply(x, last, *mixes)
+
+
+class _TokenShift(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, last, *mixes):
+        step_back = torch.cat([last[:, None], x[:, :-1]], dim=1).sub_(x)
+        ctx.save_for_backward(step_back if any(ctx.needs_input_grad[2:]) else None, *mixes)
+        return tuple(torch.addcmul(x, step_back, mix) for mix in mixes)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        step_back, *mixes = ctx.saved_tensors
+        d_mixes = ((g * step_back).sum((0, 1), keepdim=True) if need else None
+                   for g, need in zip(grads, ctx.needs_input_grad[2:], strict=True))
+        before = grads[0] * mixes[0]       # what goes to each token's predecessor ...
+        for g, mix in zip(grads[1:], mixes[1:], strict=True):
+            before.addcmul_(g, mix)
+        dx = grads[0] - before             # ... and to the token itself
+        for g in grads[1:]:
+            dx.add_(g)
+        dx[:, :-1].add_(before[:, 1:])
+        return dx, before[:, 0], *d_mixes
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    """max(x, 0)², any shape."""
+    return _SquaredRelu.apply(x)
+
+
+class _SquaredRelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        positive = torch.relu(x)
+        ctx.save_for_backward(positive)
+        return positive.square()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        return (dy * ctx.saved_tensors[0]).mul_(2)

@@ -1,0 +1,29 @@
+"""The gradients written by hand are those of the formulas."""
+
+import torch
+
+from rwkv_nb.model.pointwise import squared_relu, token_shift
+
+
+def numbers(*shape):
+    return torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+
+def test_token_shift():
+    B, T, C = 2, 5, 3
+    x, last, mixes = numbers(B, T, C), numbers(B, C), [numbers(1, 1, C) for _ in range(3)]
+    assert torch.autograd.gradcheck(token_shift, (x, last, *mixes))
+    before = torch.cat([last[:, None], x[:, :-1]], 1)
+    for mixed, mix in zip(token_shift(x, last, *mixes), mixes, strict=True):
+        torch.testing.assert_close(mixed, (1 - mix) * x + mix * before)
+
+
+def test_token_shift_of_one_token_with_frozen_mixes():
+    x, last, mixes = numbers(2, 1, 3), numbers(2, 3), [numbers(1, 1, 3).detach() for _ in range(2)]
+    assert torch.autograd.gradcheck(token_shift, (x, last, *mixes))
+
+
+def test_squared_relu():
+    x = numbers(7, 4)
+    assert torch.autograd.gradcheck(squared_relu, x)
+    torch.testing.assert_close(squared_relu(x), x.clamp(min=0) ** 2)
