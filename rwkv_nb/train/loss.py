@@ -15,7 +15,7 @@ SLICE = 2**19  # logits that a CPU works on at once: 2 MB in fp32
 
 
 def head_loss(hidden: Tensor, head: nn.Module, targets: Tensor, mask: Tensor, n_trained: int,
-              *, chunk: int = 256) -> tuple[Tensor, Tensor]:
+              *, chunk: int = 128) -> tuple[Tensor, Tensor]:
     """This micro-batch's share of the step's loss.
 
     hidden [B,T,C], head: C → V, targets int64 [B,T], mask bool [B,T] (which targets are trained),
