@@ -132,4 +132,7 @@ def get_tokenizer(name: str = "auto", vocab_size: int | None = None) -> WorldTok
     if vocab_size is not None and vocab_size < needed:
         raise SettingsError(f"the model has {vocab_size} rows, the {name} vocabulary needs {needed}",
                             where="tokenizer", fix="set tokenizer to auto")
+    if name == "byte" and vocab_size is not None and vocab_size >= 65530:
+        raise SettingsError(f"a model of {vocab_size} rows reads World tokens, not bytes", where="tokenizer",
+                            fix="set tokenizer to auto, and prepare the data again for this base (01_prepare_data)")
     return WorldTokenizer() if name == "world" else ByteTokenizer()

@@ -77,7 +77,7 @@ def test_bytes_have_worlds_ids():
 def test_auto_follows_the_models_rows():
     assert get_tokenizer("auto", 257).name == "byte"
     assert get_tokenizer("auto", 65536).name == get_tokenizer("auto", 65530).name == "world"
-    assert get_tokenizer("byte").name == get_tokenizer("byte", 65536).name == "byte"
-    for name, rows in [("auto", 50277), ("auto", None), ("world", 257), ("byte", 100), ("gpt2", None)]:
+    assert get_tokenizer("byte").name == get_tokenizer("byte", 257).name == "byte"
+    for name, rows in [("auto", 50277), ("auto", None), ("world", 257), ("byte", 100), ("byte", 65536), ("gpt2", None)]:
         with pytest.raises(SettingsError):
             get_tokenizer(name, rows)
