@@ -3,7 +3,7 @@
 from .checkpoint import fingerprint, load_model, load_weights, save_weights
 from .init import init_weights
 from .rwkv7 import RWKV7, State
-from .shape import PUBLISHED, Shape, read_shape
+from .shape import PUBLISHED, PUBLISHED_OLDER, Shape, read_shape
 
-__all__ = ["PUBLISHED", "RWKV7", "Shape", "State", "fingerprint", "init_weights", "load_model", "load_weights",
-           "read_shape", "save_weights"]
+__all__ = ["PUBLISHED", "PUBLISHED_OLDER", "RWKV7", "Shape", "State", "fingerprint", "init_weights", "load_model",
+           "load_weights", "read_shape", "save_weights"]

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..runs import write_with
 from .rwkv7 import RWKV7
-from .shape import Shape, read_shape
+from .shape import NAMES, Shape, read_shape
 
 
 def load_weights(path: str | Path) -> dict[str, Tensor]:
@@ -71,6 +71,9 @@ def load_model(path: str | Path, *, device="cpu", dtype: torch.dtype | None = No
     weights = load_weights(path)
     shape = read_shape(weights)
     check_keys(weights, shape, where=path)
+    if shape.version != "x070":
+        raise CheckpointError(f"{NAMES[shape.version]} ({shape.version}) cannot be run yet", where=path,
+                              fix="use an RWKV-7 (x070) base")
     model = RWKV7(shape, device="meta")
     model.load_state_dict({k: v.to(device=device, dtype=dtype or v.dtype) for k, v in weights.items()},
                           strict=True, assign=True)
