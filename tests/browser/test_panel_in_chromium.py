@@ -19,7 +19,7 @@ PARAMETERS = "\nMICRO_BSZ, EPOCH_STEPS, EPOCH_COUNT = 4, 350, 2"   # small steps
 
 @pytest.fixture
 def scratch(tmp_path):
-    """notebooks/ without outputs beside data_samples/, and a run as 01_prepare_data leaves it."""
+    """notebooks/ without outputs beside data_samples/, and a run as the notebooks before leave it."""
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "data_samples").symlink_to(ROOT / "data_samples")
     notebook = nbformat.read(ROOT / "notebooks" / "03_train_lora.ipynb", as_version=4)
@@ -29,7 +29,9 @@ def scratch(tmp_path):
             cell.source += PARAMETERS * ("parameters" in cell.metadata.get("tags", []))
     nbformat.write(notebook, tmp_path / "notebooks" / "03_train_lora.ipynb")
     run = Run(tmp_path / "runs" / "quickstart")
-    run.save_settings(replace(Settings(), data_file=str(ROOT / "data_samples" / "quickstart_train.jsonl"), ctx_len=160))
+    samples = ROOT / "data_samples"
+    run.save_settings(replace(Settings(), load_model=str(samples / "tiny_base.pth"),
+                              data_file=str(samples / "quickstart_train.jsonl"), ctx_len=160))
     return tmp_path
 
 
