@@ -4,19 +4,34 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
 from ..errors import KernelError
-from . import kernels
+from . import kernels, reference
 from .build import compiler_info
-from .reference import wkv7_chunked, wkv7_steps
 from .selftest import self_test
 
-__all__ = ["OPS", "compiler_info", "pick_op", "self_test", "wkv7"]
+__all__ = ["OPS", "compiler_info", "pick_op", "self_test", "wkv5", "wkv6", "wkv7"]
 
-OPS = ("auto", "torch", "chunked", "cpu")
-_FORMS = {"torch": wkv7_steps, "chunked": wkv7_chunked}
+
+class _Op(NamedTuple):
+    """One way to compute: a function a version, and where it works."""
+
+    forms: dict[int, Callable]
+    device: str = ""             # type of device, "" for any
+    load: Callable | None = None  # makes it ready, or raises KernelError; None: plain PyTorch, any dtype
+
+
+_TABLE = {  # the fastest first: "auto" takes the first that works
+    "cpu": _Op({7: kernels.wkv7_kernel}, "cpu", kernels.load),
+    "chunked": _Op({7: reference.wkv7_chunked, 6: reference.wkv6_chunked, 5: reference.wkv5_chunked}),
+    "torch": _Op({7: reference.wkv7_steps, 6: reference.wkv6_steps, 5: reference.wkv5_steps}),
+}
+OPS = ("auto", *_TABLE)
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def wkv7(r, w, k, v, a, b, state=None, *, op="auto"):
@@ -29,56 +44,74 @@ def wkv7(r, w, k, v, a, b, state=None, *, op="auto"):
     Returns y [B,T,H,N] in r's dtype and the last state, float32 (float64 for float64 inputs).
     Differentiable in all seven. Raises KernelError for shapes that do not fit or an op that cannot run here.
     """
-    _check_shapes(state, r=r, w=w, k=k, v=v, a=a, b=b)
-    op = pick_op(op, r.device, r.dtype)
-    if op == "cpu":
-        return kernels.wkv7_kernel(r, w, k, v, a, b, state)
-    with torch.autocast(r.device.type, enabled=False):  # the state's sums stay float32
-        return _FORMS[op](r, w, k, v, a, b, state)
+    return _run(7, op, state, r=r, w=w, k=k, v=v, a=a, b=b)
 
 
-def pick_op(op, device, dtype=torch.float32) -> str:
-    """The op that `wkv7` will run: "torch", "chunked" or "cpu". device: a torch.device, its name, or a tensor.
+def wkv6(r, w, k, v, u, state=None, *, op="auto"):
+    """RWKV-6's recurrence. As `wkv7`, with u [H,N], the weight of a step's own k vᵀ ("time_faaaa"), and w without
+    a bound: decays down to 0 are right. Differentiable in all six."""
+    return _run(6, op, state, r=r, w=w, k=k, v=v, u=u)
+
+
+def wkv5(r, w, k, v, u, state=None, *, op="auto"):
+    """RWKV-5's recurrence. As `wkv6`, with one w [H,N] for all steps ("time_decay")."""
+    return _run(5, op, state, r=r, w=w, k=k, v=v, u=u)
+
+
+def pick_op(op, device, dtype=torch.float32, version=7) -> str:
+    """The op that `wkv7` (`wkv6`, `wkv5`: version) will run. device: a torch.device, its name, or a tensor.
 
     The first call may compile. "auto" without a compiler warns once and takes "chunked". Raises KernelError for a
     name that does not exist or cannot run here.
     """
     if op not in OPS:
         raise KernelError(f"there is no WKV op {op!r}", fix=f"use one of {', '.join(OPS)}")
-    if op in _FORMS:
-        return op
     device = torch.device(device.device if isinstance(device, torch.Tensor) else device)
-    fits = device.type == "cpu" and dtype in (torch.float32, torch.bfloat16, torch.float16)
     if op == "auto":
-        return "cpu" if fits and _cpu_kernel_works() else "chunked"
-    if not fits:
-        raise KernelError(f'WKV op "cpu" does not take {dtype} on {device.type}', where="op",
-                          fix='use op "auto", or float32, bfloat16 or float16 tensors on the CPU')
-    kernels.load()
+        return next(name for name in _TABLE if _fits(name, device, dtype, version) and _works(name))
+    if not _fits(op, device, dtype, version):
+        raise KernelError(f'WKV-{version} op "{op}" does not take {dtype} on {device.type}', where="op",
+                          fix='use op "auto", or float32, bfloat16 or float16 tensors on the device of its name')
+    if _TABLE[op].load:
+        _TABLE[op].load()
     return op
 
 
+def _run(version, op, state, **inputs):
+    _check_shapes(version, state, inputs)
+    r = inputs["r"]
+    form = _TABLE[pick_op(op, r.device, r.dtype, version)].forms[version]
+    with torch.autocast(r.device.type, enabled=False):  # the state's sums stay float32
+        return form(*inputs.values(), state)
+
+
+def _fits(name, device, dtype, version) -> bool:
+    op = _TABLE[name]
+    return version in op.forms and op.device in ("", device.type) and (not op.load or dtype in _KERNEL_DTYPES)
+
+
 @torch.compiler.assume_constant_result
-def _cpu_kernel_works() -> bool:
-    return _load_or_warn()
+def _works(name) -> bool:
+    return _loads_or_warns(name)
 
 
 @functools.cache
-def _load_or_warn() -> bool:
+def _loads_or_warns(name) -> bool:
     try:
-        kernels.load()
+        if _TABLE[name].load:
+            _TABLE[name].load()
     except KernelError as error:
-        warnings.warn(f"WKV runs in plain PyTorch, several times slower than its C++ kernel: {error}", stacklevel=2)
+        warnings.warn(f'WKV runs without op "{name}", several times slower: {error}', stacklevel=2)
         return False
     return True
 
 
-def _check_shapes(state, **inputs):
-    shape = inputs["r"].shape
+def _check_shapes(version, state, inputs):
+    B, T, H, N = shape = inputs["r"].shape if inputs["r"].dim() == 4 else (0, 0, 0, 0)
     for name, x in inputs.items():
-        if x.shape != shape or x.dim() != 4 or not shape[1]:
-            raise KernelError(f"{name} is {list(x.shape)}, r is {list(shape)}", where=name,
-                              fix="r, w, k, v, a, b share one shape [B,T,H,N] with T >= 1")
-    B, _, H, N = shape
+        static = name == "u" or version == 5 and name == "w"
+        if x.shape != (shape[2:] if static else shape) or not T:
+            raise KernelError(f"{name} is {list(x.shape)}, r is {list(inputs['r'].shape)}", where=name,
+                              fix=f"{', '.join(inputs)} are [B,T,H,N] with T >= 1; u, and the w of WKV-5, are [H,N]")
     if state is not None and state.shape != (B, H, N, N):
         raise KernelError(f"the state is {list(state.shape)}", where="state", fix=f"it must be {[B, H, N, N]}")

@@ -12,7 +12,7 @@ from ..errors import KernelError
 
 class SelfTest(NamedTuple):
     op: str       # the op asked for
-    error: float  # largest ‖out - ref‖ / ‖ref‖ over y, the state and the seven gradients, float64 as the reference
+    error: float  # largest ‖out - ref‖ / ‖ref‖ over y, the state and every gradient, float64 as the reference
     ok: bool      # error within the bar of 2e-6
     note: str     # why it could not run, or ""
 
@@ -36,21 +36,22 @@ def self_test(ops=("torch", "chunked", "cpu")) -> list[SelfTest]:
     return rows
 
 
-def realistic_inputs(B, T, H, N, *, clamped=True, dtype=torch.float32) -> list[torch.Tensor]:
-    """Random r, w, k, v, a, b [B,T,H,N] and state [B,H,N,N] (float32) with RWKV-7's statistics: a = -kk of unit
-    norm, b = kk x gate, w = -softplus(-x) - 0.5. clamped=False draws decays from nearly 1 to nearly 0."""
+def realistic_inputs(B, T, H, N, *, version=7, wide=False) -> list[torch.Tensor]:
+    """Random inputs of `wkv7`, `wkv6` or `wkv5` and a state, float32, with the statistics of its models: for
+    WKV-7 w = -softplus(-x) - 0.5, a = -kk of unit norm, b = kk x gate. wide: w from -10 to 8, decays from 1 to 0."""
     r, k, v, x, kk, gate = torch.randn(6, B, T, H, N).unbind()
-    w = -F.softplus(-x) - 0.5 if clamped else 2.5 * x
+    w = torch.empty(B, T, H, N).uniform_(-10, 8) if wide else -F.softplus(-x) - 0.5 if version == 7 else x - 3
     kk = F.normalize(kk, dim=-1)
-    return [*(z.to(dtype) for z in (r, w, k, v, -kk, kk * gate.sigmoid())), torch.randn(B, H, N, N)]
+    rest = [-kk, kk * gate.sigmoid()] if version == 7 else [torch.randn(H, N)]
+    return [r, w[0, 0] if version == 5 else w, k, v, *rest, torch.randn(B, H, N, N)]
 
 
 def outputs_and_grads(fn, inputs, upstream, dtype, **kwargs) -> list[torch.Tensor]:
     """y, last state and the gradients of all inputs in `dtype` (the state never below float32), for the gradients
     `upstream` at y and the last state. A state of None is passed on."""
     state_dtype = torch.promote_types(dtype, torch.float32)
-    *six, state = [None if x is None else x.detach() for x in inputs]
-    leaves = [x.to(dtype, copy=True).requires_grad_() for x in six]
+    *inputs, state = [None if x is None else x.detach() for x in inputs]
+    leaves = [x.to(dtype, copy=True).requires_grad_() for x in inputs]
     if state is not None:
         state = state.to(state_dtype, copy=True).requires_grad_()
     y, last = fn(*leaves, state, **kwargs)
