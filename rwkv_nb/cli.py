@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from . import __version__, config
+from . import __version__, compat, config
 from .config import Settings
 from .errors import RwkvNbError, SettingsError
 from .runs import Run
@@ -27,6 +27,8 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         if message.startswith("unrecognized arguments: "):
             wrong = message.removeprefix("unrecognized arguments: ").partition(" ")[0].partition("=")[0]
+            if wrong in compat.ELSEWHERE:
+                raise SettingsError(f"{wrong} is not needed here", where=self.prog, fix=compat.ELSEWHERE[wrong])
             near = difflib.get_close_matches(wrong, self._option_string_actions, 1)
             raise SettingsError(f"there is no option {wrong}", where=self.prog,
                                 fix=f"did you mean {near[0]}?" if near else f"see {self.prog} --help")
@@ -36,19 +38,31 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, or 1 with the error on stderr."""
     try:
-        arguments, rest = _parser().parse_known_args(argv)
-        if rest:
-            arguments.parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        arguments = parse(argv)
         return arguments.command(arguments) or 0
     except RwkvNbError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
 
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """A command's arguments. Raises SettingsError for what it does not know, with the nearest right name."""
+    arguments, rest = _parser().parse_known_args(argv)
+    if rest:
+        arguments.parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return arguments
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="rwkv-nb", description="LoRA fine-tuning of RWKV.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="command", parser_class=_Parser)
+
+    commands.add_parser("import", help="turn RWKV-PEFT's run_lora.sh into a run's settings").set_defaults(
+        command=_import)
+    imported = commands.choices["import"]
+    imported.add_argument("script", help="the shell script; it is read, not run")
+    imported.add_argument("--proj_dir", help="the run's folder, by default the script's own proj_dir")
 
     train = commands.add_parser("train", help="fine-tune a base model",
                                 description="Fine-tune. With --load_model and --data_file the flags and the defaults "
@@ -83,13 +97,15 @@ def _add_flag(parser, field) -> None:
 
 
 def _peft_config(text: str) -> dict:
-    known = {f.name for f in config.leaf_fields(config.LoraSettings())}
+    known = {*config.field_names(config.LoraSettings()), "lora_dropout"}
     try:
         values = json.loads(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"not JSON: {text!r}; quote it: '{{\"r\":32,\"lora_alpha\":64}}'") from None
     if not isinstance(values, dict) or set(values) - known:
-        raise argparse.ArgumentTypeError(f"known keys: {', '.join(sorted(known))}")
+        near = [n for key in values for n in difflib.get_close_matches(key, known, 1) if key not in known]
+        raise argparse.ArgumentTypeError(f"known keys: {', '.join(sorted(known))}"
+                                         + (f"; did you mean {near[0]}?" if near else ""))
     return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
 
 
@@ -102,13 +118,31 @@ def settings_from(flags: dict) -> tuple[Run, Settings]:
     return run, config.replace(Settings() if whole else run.settings(), **flags)
 
 
+def flags_of(arguments: argparse.Namespace) -> dict:
+    """The settings among parsed arguments, peft_config's among them. Raises SettingsError where both say different."""
+    known, lora = config.field_names(Settings()), arguments.peft_config or {}
+    flags = {name: tuple(value) if isinstance(value, list) else value
+             for name, value in vars(arguments).items() if name in known}
+    if twice := [name for name in lora if flags.get(name, lora[name]) != lora[name]]:
+        raise SettingsError(f"{twice[0]} is {flags[twice[0]]} and, in peft_config, {lora[twice[0]]}", where=twice[0],
+                            fix="give it once")
+    return flags | lora
+
+
+def _import(arguments) -> int:
+    flags = flags_of(parse(["train", *compat.read_script(arguments.script)]))
+    run, settings = settings_from(flags | ({"proj_dir": arguments.proj_dir} if arguments.proj_dir else {}))
+    config.check_together(settings)
+    run.save_settings(settings)
+    print(f"wrote {run.settings_file}\nopen it with RUN = {str(run.folder)!r} in notebook 03_train_lora, or run:\n"
+          f"rwkv-nb train --proj_dir {run.folder}")
+    return 0
+
+
 def _train(arguments) -> int:
     from .train.session import TrainSession
 
-    known = config.field_names(Settings())
-    flags = {name: tuple(value) if isinstance(value, list) else value
-             for name, value in vars(arguments).items() if name in known} | (arguments.peft_config or {})
-    run, settings = settings_from(flags)
+    run, settings = settings_from(flags_of(arguments))
     session = TrainSession(run, settings, start=arguments.start).start()
     shown, said = 0.0, 0
     try:

@@ -22,6 +22,9 @@ def _option(default: Any, en: str, zh: str, *, unit: str = "", choices: tuple = 
     return dataclasses.field(default=default, metadata=text)
 
 
+STRATEGIES = ("auto", "ddp", *(f"deepspeed_stage_{stage}{how}" for stage in (1, 2, 3) for how in ("", "_offload")))
+
+
 @dataclass(frozen=True)
 class DataSettings:
     """What is learnt from."""
@@ -46,11 +49,13 @@ class LoraSettings:
                      "LoRA 秩,常用 32 或 64;越大效果越好、越占显存", low=1)
     lora_alpha: float = _option(64.0, "the adapter is scaled by lora_alpha / r; twice r is usual",
                                 "缩放因子,实际缩放为 alpha / r,一般取 r 的两倍", low=0)
-    lora_dropout: float = _option(0.01, "share of the adapter's inputs dropped in training",
-                                  "LoRA 丢弃率", low=0, high=0.99)
+    peft: str = _option("lora", "kind of adapter; LoRA is the one there is", "微调类型,目前为 lora", choices=("lora",))
     target_modules: tuple[str, ...] = _option(
         ("att.receptance", "att.key", "att.value", "att.output", "ffn.key", "ffn.value"),
         "linear layers that get an adapter, by the end of their name", "加 LoRA 的线性层(名称结尾)")
+    train_parts: tuple[str, ...] = _option(
+        (), "other parameters trained beside the adapter and saved with it: all whose name contains one of these, "
+        "such as ln for the layer norms", "同时训练并随 LoRA 保存的其他参数(名称包含所给文字),如 ln 为全部 LayerNorm")
 
 
 @dataclass(frozen=True)
@@ -62,8 +67,18 @@ class LiveSettings:
     lr_final: float = _option(2e-5, "learning rate at the last step", "最终学习率", low=0)
     grad_clip: float = _option(1.0, "longest gradient, as an L2 norm over the adapter; 0 does not clip",
                                "梯度裁剪;0 为不裁剪", low=0)
+    lr_end: int = _option(0, "step at which the schedule reaches lr_final; 0 is the run's last",
+                          "学习率到达 lr_final 的步数;0 为最后一步", unit="optimizer steps", low=0)
+    accumulate_grad_batches: int = _option(1, "micro-batches in one optimizer step, on each device", "梯度累积步数",
+                                           low=1)
+    lora_dropout: float = _option(0.01, "share of the adapter's inputs dropped in training; 0.01 is usual",
+                                  "LoRA 丢弃率,建议 0.01", low=0, high=0.99)
     log_every: int = _option(1, "metrics are written once in this many steps", "每多少步记录一次",
                              unit="optimizer steps", low=1)
+    save_every: int = _option(0, "an adapter is also saved once in this many steps; 0 only at epochs",
+                              "每多少步额外保存一次;0 为只在轮次结束时保存", unit="optimizer steps", low=0)
+    sample_every: int = _option(0, "the prompts are also answered once in this many steps; 0 only at saves",
+                                "每多少步回答一次示例问题;0 为只在保存时", unit="optimizer steps", low=0)
 
 
 @dataclass(frozen=True)
@@ -72,9 +87,18 @@ class TrainSettings:
 
     load_model: str = _option("", "base model, a .pth file", "基底模型 .pth 路径")
     proj_dir: str = _option("", "the run's folder: logs, adapters, merged models", "输出文件夹")
-    micro_bsz: int = _option(1, "documents worked on at once; raise it while memory lasts",
+    my_testing: str = _option("auto", "version of the model; auto reads it from load_model, else it is checked: "
+                              "x070 is RWKV-7, x060 RWKV-6, x052 RWKV-5",
+                              "模型版本,auto 自动识别;v7 为 x070,v6 为 x060,v5 为 x052",
+                              choices=("auto", "x070", "x060", "x052"))
+    n_layer: int = _option(0, "layers; never needed, checked against load_model where given",
+                           "层数,无需填写;填写时与模型核对", low=0)
+    n_embd: int = _option(0, "width; never needed, checked against load_model where given",
+                          "宽度,无需填写;填写时与模型核对", low=0)
+    vocab_size: int = _option(0, "rows of the vocabulary; 0 takes load_model's, else it is checked against them",
+                              "词表大小;0 为读取模型,填写时与模型核对", unit="tokens", low=0)
+    micro_bsz: int = _option(1, "documents worked on at once, on each device; raise it while memory lasts",
                              "微批次大小,从 1 开始逐渐增大", low=1)
-    accumulate_grad_batches: int = _option(1, "micro-batches in one optimizer step", "梯度累积步数", low=1)
     epoch_count: int = _option(1, "epochs to train", "总训练轮次", low=1)
     epoch_steps: int = _option(0, "optimizer steps in an epoch; 0 means once through the data",
                                "每轮的优化步数;0 表示完整遍历一遍数据", unit="optimizer steps", low=0)
@@ -82,20 +106,42 @@ class TrainSettings:
     live: LiveSettings = LiveSettings()
     warmup_steps: int = _option(10, "steps in which the learning rate rises from near 0", "预热步数",
                                 unit="optimizer steps", low=0)
+    lr_schedule: str = _option(
+        "cos_decay", "after the warm-up: cos_decay falls along a cosine to lr_final; wsd stays at lr_init, then falls "
+        "in a line to lr_final over the last decay_steps",
+        "预热后的学习率:cos_decay 余弦下降;wsd 先保持不变,最后 decay_steps 步线性下降",
+        choices=("cos_decay", "wsd"))
+    decay_steps: int = _option(0, "wsd: length of the fall at the end; 0 is a tenth of the steps",
+                               "wsd 末尾下降的步数;0 为总步数的十分之一", unit="optimizer steps", low=0)
     weight_decay: float = _option(0.0, "decoupled weight decay of the adapter", "权重衰减", low=0)
     beta1: float = _option(0.9, "AdamW: memory of the gradient's mean", "AdamW beta1", low=0, high=0.9999)
     beta2: float = _option(0.99, "AdamW: memory of the gradient's square", "AdamW beta2", low=0, high=0.99999)
     adam_eps: float = _option(1e-8, "AdamW: added to the root of the square", "AdamW eps", low=0)
-    precision: str = _option("fp32", "arithmetic of the base; the adapter itself is kept in fp32",
-                             "训练精度", choices=("fp32", "bf16"))
+    precision: str = _option("fp32", "arithmetic of the base; the adapter itself is kept in fp32. bf16 is usual on "
+                             "GPUs; fp16 scales the loss by itself; tf32 is fp32 with shorter products, GPUs only",
+                             "训练精度,显卡上一般用 bf16;fp16 自动缩放损失;tf32 仅限显卡",
+                             choices=("fp32", "tf32", "fp16", "bf16"))
     grad_cp: int = _option(0, "gradient checkpointing: 1 recomputes each block in backward to save memory",
                            "梯度检查点:1 省显存但更慢,0 更快", choices=(0, 1))
     op: str = _option("auto", "WKV operator; auto picks the fastest that works here",
                       "WKV 算子;auto 自动选择最快的", choices=("auto", "torch", "chunked", "cpu"))
     accelerator: str = _option("auto", "device that computes", "计算设备", choices=("auto", "cpu", "gpu"))
+    devices: int = _option(1, "GPUs of each machine, or processes on a CPU", "每台机器的显卡数量(CPU 为进程数)", low=1)
+    num_nodes: int = _option(1, "machines; the same command runs on each, with its node_rank", "机器数量", low=1)
+    strategy: str = _option(
+        "auto", "how several devices share a run: ddp gives each the whole model, deepspeed_stage_1, 2, 3 share "
+        "optimizer state, gradients and weights (an extra); auto is ddp, and one device needs none",
+        "多卡训练策略;单卡无需设置,auto 即 ddp,deepspeed_stage_* 需另装 deepspeed", choices=STRATEGIES)
     random_seed: int = _option(42, "seed of the order, the initial adapter and dropout", "随机种子", low=0)
     merge: int = _option(1, "1 writes rwkv-{epoch}.pth, the complete merged model, at each save",
                          "1 表示每次保存时同时写出合并后的完整模型", choices=(0, 1))
+    spike_factor: float = _option(0.0, "a loss beyond this many times the median of the last 50 steps is a spike; 0 "
+                                  "looks only for what is not a number",
+                                  "损失超过最近 50 步中位数的多少倍视为突跳;0 为只检查 NaN", low=0)
+    on_spike: str = _option("stop", "at a spike or NaN: stop the run with its last checkpoint whole, or skip the step",
+                            "出现突跳或 NaN 时:stop 停止并保留断点,skip 跳过该步", choices=("stop", "skip"))
+    wandb: str = _option("", "project name: metrics go to Weights & Biases too, offline without an account",
+                         "wandb 项目名;无账号时离线记录")
     checkpoint_seconds: float = _option(60.0, "a checkpoint to resume from is written this often",
                                         "保存断点的间隔", unit="seconds", low=0)
 
@@ -215,3 +261,19 @@ def from_dict(cls, values: dict):
             value = tuple(value)
         made[name] = value
     return cls(**made)
+
+
+def check_together(settings: Settings) -> None:
+    """Raise SettingsError where two settings contradict each other."""
+    t = settings.train
+    for wrong, name, what, fix in (
+        (t.decay_steps and t.lr_schedule != "wsd", "decay_steps", "decay_steps belongs to lr_schedule wsd",
+         "set lr_schedule to wsd, or decay_steps to 0"),
+        (t.precision == "tf32" and t.accelerator == "cpu", "precision", "tf32 is a GPU's arithmetic",
+         "use fp32 or bf16 on a CPU"),
+        (t.live.lr_end and t.live.lr_end <= t.warmup_steps, "lr_end", "the schedule ends before the warm-up does",
+         "raise lr_end or lower warmup_steps"),
+        (t.devices * t.num_nodes > 1, "devices", "several devices are not there yet", "set devices and num_nodes to 1"),
+    ):
+        if wrong:
+            raise SettingsError(what, where=name, fix=fix)

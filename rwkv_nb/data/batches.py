@@ -37,10 +37,9 @@ class Batches:
     def __init__(self, documents: Sequence[Document], *, ctx_len: int, micro_bsz: int, accumulate: int, seed: int,
                  epoch_steps: int = 0, device: str | torch.device = "cpu"):
         self.documents, self.ctx_len, self.micro_bsz, self.seed = documents, ctx_len, micro_bsz, seed
-        self.device, self._whole_epochs = device, not epoch_steps
-        self.step_items = micro_bsz * accumulate
+        self.device, self._epoch_steps, self._whole_epochs = device, epoch_steps, not epoch_steps
+        self.accumulate(accumulate)
         self._cut()
-        self.steps_per_epoch = epoch_steps or -(-len(self.items) // self.step_items)
         self._position = 0         # pieces handed out since the beginning
         self._order = (-1, None)   # an epoch and its permutation
 
@@ -64,6 +63,27 @@ class Batches:
                             fix="check the template: with chat, only assistant turns are; plain trains everything")
         self.items = np.array(items, dtype=np.int64)
         self._checksum = zlib.crc32(self.items, checksum)
+
+    def accumulate(self, micro_batches: int) -> None:
+        """Micro-batches in each step from the next one on."""
+        self.step_items = self.micro_bsz * micro_batches
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of a whole epoch as things are."""
+        return self._epoch_steps or -(-len(self.items) // self.step_items)
+
+    def progress(self, step: int) -> tuple[int, float]:
+        """Epochs completed after `step` steps, and the share of the next one that is done."""
+        done, unit = (step, self._epoch_steps) if self._epoch_steps else (self._position, len(self.items))
+        return done // unit, done % unit / unit
+
+    def total_steps(self, step: int, epochs: int) -> int:
+        """Steps of a run of so many epochs, `step` of them done, if nothing changes any more."""
+        if self._epoch_steps:
+            return epochs * self._epoch_steps
+        done, place = divmod(self._position, len(self.items))
+        return step - (place - len(self.items)) // self.step_items + (epochs - done - 1) * self.steps_per_epoch
 
     @property
     def epoch(self) -> int:

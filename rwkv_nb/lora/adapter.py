@@ -1,6 +1,7 @@
 """Adapter files: a safetensors file that says by itself how it is applied, and to which base.
 
-Tensors: `blocks.0.att.key.lora_A` [R,in], `….lora_B` [out,R], fp32. Nobody retypes alpha: it is in the file.
+Tensors: `blocks.0.att.key.lora_A` [R,in], `….lora_B` [out,R], and trained parts under their own names,
+fp32. Nobody retypes alpha: it is in the file.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from ..errors import AdapterError, SettingsError
 from ..model.shape import Shape
 from ..runs import write_with
 from .layers import attach, lora_layers, matching
+from .parts import part_values, trained_parts
 
 FORMAT, VERSION = "rwkv_nb", 1
 
@@ -41,9 +43,6 @@ class AdapterMeta:
     epoch: int
     step: int
 
-    def lora_settings(self) -> LoraSettings:
-        """What attach() needs; no dropout, for an adapter that is used as it is."""
-        return LoraSettings(self.r, self.lora_alpha, 0.0, self.target_modules)
 
 
 @dataclass(frozen=True)
@@ -59,11 +58,29 @@ class Adapter:
         """α/R"""
         return self.meta.lora_alpha / self.meta.r
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Parameters of the base that were trained beside it."""
+        return tuple(key for key in self.tensors if not key.endswith((".lora_A", ".lora_B")))
+
+    def lora_settings(self) -> LoraSettings:
+        """What attach() needs."""
+        m = self.meta
+        return LoraSettings(m.r, m.lora_alpha, target_modules=m.target_modules, train_parts=self.parts)
+
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """lora_A and lora_B by key, the model's own tensors."""
+    """lora_A, lora_B and trained parts by key, the model's own fp32 tensors."""
     return {f"{name}.{part}": getattr(layer, part).detach() for name, layer in lora_layers(model).items()
-            for part in ("lora_A", "lora_B")}
+            for part in ("lora_A", "lora_B")} | part_values(model)
+
+
+def set_adapter_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give the model's adapter the values that adapter_tensors() had."""
+    for key, own in adapter_tensors(model).items():
+        own.copy_(tensors[key])
+    for part in trained_parts(model).values():
+        part.use()
 
 
 def save_adapter(path: str | Path, model: nn.Module, lora: LoraSettings, *, base_path: str | Path,
@@ -139,7 +156,8 @@ def check_adapter(adapter: Adapter, shape: Shape, fingerprint: str, *, allow_oth
         names = matching(meta.target_modules, linears)
     except SettingsError as error:
         raise AdapterError(error.what, where=adapter.path, fix=error.fix) from error
-    expected = {}
+    sizes = shape.key_shapes()
+    expected = {key: sizes[key] for key in adapter.parts if key in sizes}
     for name in names:
         expected |= {f"{name}.lora_A": (meta.r, linears[name][1]), f"{name}.lora_B": (linears[name][0], meta.r)}
     _check_tensors(adapter, expected)
@@ -163,7 +181,6 @@ def apply_adapter(model: nn.Module, adapter: Adapter, base_fingerprint: str, *, 
     and for keys that do not fit; the model is untouched then.
     """
     check_adapter(adapter, model.shape, base_fingerprint, allow_other_base=allow_other_base)
-    attach(model, adapter.meta.lora_settings(), seed=0)
-    for key, own in adapter_tensors(model).items():
-        own.copy_(adapter.tensors[key])
+    attach(model, adapter.lora_settings(), seed=0)
+    set_adapter_tensors(model, adapter.tensors)
     return model

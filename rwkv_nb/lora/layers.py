@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..config import LoraSettings
 from ..errors import SettingsError
+from .parts import train_parts, trained_parts
 
 
 @dataclass
@@ -133,7 +134,8 @@ def _zero(x: Tensor, hits: Tensor) -> Tensor:
 
 
 def attach(model: nn.Module, lora: LoraSettings, seed: int) -> list[str]:
-    """Give every linear whose name ends with one of lora.target_modules an adapter, in place; freeze all the rest.
+    """Give every linear whose name ends with one of lora.target_modules an adapter, in place; freeze all the rest
+    but lora.train_parts. There is no dropout until set_dropout_step asks for it.
 
     Works on any device, meta too (to count parameters). Returns the linears' full names, in the model's order.
     Raises SettingsError for a target that matches nothing (with the nearest names) and for a second attach.
@@ -146,8 +148,10 @@ def attach(model: nn.Module, lora: LoraSettings, seed: int) -> list[str]:
     generator, clock = torch.Generator().manual_seed(seed), DropoutClock(seed)
     for index, name in enumerate(names):
         parent, _, child = name.rpartition(".")
-        layer = LoraLinear(linears[name], lora.r, lora.lora_alpha, lora.lora_dropout, generator, clock, index)
+        layer = LoraLinear(linears[name], lora.r, lora.lora_alpha, 0.0, generator, clock, index)
         setattr(model.get_submodule(parent), child, layer)
+    adapted = [f"{name}.{part}" for name in names for part in ("weight", "lora_A", "lora_B")]
+    model._trained_parts = train_parts(model, lora.train_parts, adapted)
     return names
 
 
@@ -174,30 +178,36 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
 
 
 def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """lora_A and lora_B of every layer, in the model's order: all that is trained."""
+    """lora_A and lora_B of every layer, in the model's order, then the trained parts: all that is trained, fp32."""
     for layer in lora_layers(model).values():
         yield from (layer.lora_A, layer.lora_B)
+    yield from (part.value for part in trained_parts(model).values())
 
 
-def set_dropout_step(model: nn.Module, seed: int, step: int, micro: int) -> None:
-    """Choose the dropout masks of the next forward. The same three numbers bring the same masks back."""
+def set_dropout_step(model: nn.Module, seed: int, step: int, micro: int, p: float | None = None) -> None:
+    """Choose the dropout masks of the next forward, and the share p that they hit, where given.
+
+    The same numbers bring the same masks back.
+    """
     for layer in lora_layers(model).values():
         layer.clock.seed, layer.clock.step, layer.clock.micro = seed, step, micro
+        layer.dropout = layer.dropout if p is None else p
 
 
 def set_strength(model: nn.Module, value: float) -> None:
     """Multiply the adapter's part of every layer by `value`: 0 is the base, 1 as trained."""
     for layer in lora_layers(model).values():
         layer.strength = float(value)
+    for part in trained_parts(model).values():
+        part.use(float(value))
 
 
 @contextlib.contextmanager
 def strength(model: nn.Module, value: float) -> Iterator[nn.Module]:
     """set_strength for a while: `with strength(model, 0): …`"""
-    before = {layer: layer.strength for layer in lora_layers(model).values()}
+    before = [layer.strength for layer in lora_layers(model).values()]
     set_strength(model, value)
     try:
         yield model
     finally:
-        for layer, old in before.items():
-            layer.strength = old
+        set_strength(model, next(iter(before), 1.0))

@@ -65,6 +65,8 @@ def merged_state(weights: dict[str, Tensor], adapter: Adapter, names: list[str],
     for name in names:
         W, A, B = weights[f"{name}.weight"], adapter.tensors[f"{name}.lora_A"], adapter.tensors[f"{name}.lora_B"]
         merged[f"{name}.weight"] = torch.addmm(W.float(), B, A, alpha=strength * adapter.scale).to(W.dtype)
+    for key in adapter.parts:
+        merged[key] = torch.lerp(weights[key].float(), adapter.tensors[key], strength).to(weights[key].dtype)
     return merged
 
 
@@ -102,7 +104,7 @@ def check_disk(base_path: Path, out_path: Path) -> None:
 
 def _prove(base_path: Path, weights: dict[str, Tensor], adapter: Adapter, names: list[str], out_path: Path,
            strength: float) -> Proof:
-    written, adapted = load_weights(out_path), {f"{name}.weight" for name in names}
+    written, adapted = load_weights(out_path), {*(f"{name}.weight" for name in names), *adapter.parts}
 
     def like(a: dict, b: dict) -> bool:
         return [(k, v.shape, v.dtype) for k, v in a.items()] == [(k, v.shape, v.dtype) for k, v in b.items()]

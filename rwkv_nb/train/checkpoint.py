@@ -15,7 +15,7 @@ from ..config import LiveSettings, Settings, from_dict
 from ..errors import RunError
 from ..runs import Run, write_with
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class Checkpoint:
     optimizer: dict        # AdamW's state_dict
     data: dict             # Batches.state()
     epoch_loss: list       # [Σ cross-entropy, trained tokens] of the epoch so far
+    losses: list           # of the last steps, by which a spike is known
+    loss_scale: list       # fp16's loss scale, and good steps under it
     live: dict             # LiveSettings as they are now
     settings: dict         # Settings as the run began
     base: str              # fingerprint of the base model

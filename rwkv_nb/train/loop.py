@@ -10,20 +10,23 @@ import dataclasses
 import math
 import resource
 import shutil
+import statistics
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from ..config import LiveSettings, Settings, check
-from ..data.batches import Batches
+from ..config import LiveSettings, Settings, TrainSettings, check
+from ..data.batches import Batch, Batches
 from ..data.sources import open_documents
 from ..errors import SettingsError, TrainingError
-from ..lora.adapter import adapter_tensors, save_adapter
-from ..lora.layers import adapter_parameters, attach, set_dropout_step
+from ..lora.adapter import adapter_tensors, save_adapter, set_adapter_tensors
+from ..lora.layers import adapter_parameters, attach, set_dropout_step, set_strength
 from ..lora.merge import merge
-from ..model import fingerprint, load_model
+from ..model import Shape, fingerprint, load_model
 from ..runs import Run
 from ..tokenizer import get_tokenizer
 from ..wkv import pick_op
@@ -32,9 +35,11 @@ from .log import Logs
 from .loss import head_loss
 from .schedule import learning_rate
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+LARGEST_SCALE, SCALE_UP_AFTER = 2.0**16, 500  # fp16: the loss scale's start, and good steps before it is doubled
+SPIKE_WINDOW, MOST_SKIPS = 50, 10
 _NOT_A_NUMBER = ("the last checkpoint is good: resume with a lower lr_init or a smaller grad_clip; "
-                 "with precision bf16, try fp32")
+                 "with precision bf16 or fp16, try fp32; on_spike=skip leaves such steps out")
 
 
 def pick_device(accelerator: str) -> torch.device:
@@ -43,6 +48,15 @@ def pick_device(accelerator: str) -> torch.device:
         raise SettingsError("there is no GPU that torch can use", where="accelerator",
                             fix="set accelerator to cpu or auto; 00_check says what is missing")
     return torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def check_shape(t: TrainSettings, shape: Shape) -> None:
+    """Raise SettingsError where my_testing, n_layer, n_embd or vocab_size is given and is not the base's."""
+    for name in ("my_testing", "n_layer", "n_embd", "vocab_size"):
+        given, there = getattr(t, name), getattr(shape, "version" if name == "my_testing" else name)
+        if given not in ("auto", 0, there):
+            raise SettingsError(f"{name} is {given}, {Path(t.load_model).name} has {there}", where=name,
+                                fix="leave it out: it is read from the file")
 
 
 def keep_freed_memory() -> None:
@@ -70,7 +84,11 @@ class Trainer:
         self.run, self.settings, self.device = run, settings, pick_device(t.accelerator)
         if self.device.type == "cpu":
             keep_freed_memory()
+        if t.precision == "tf32" and self.device.type == "cpu":
+            raise SettingsError("tf32 is a GPU's arithmetic", where="precision", fix="use fp32 or bf16 on a CPU")
+        torch.backends.cuda.matmul.allow_tf32 = t.precision == "tf32"
         self.model = load_model(t.load_model, device=self.device, dtype=DTYPES[t.precision])
+        check_shape(t, self.model.shape)
         self.base = fingerprint(t.load_model)
         self.tokenizer = get_tokenizer(settings.data.tokenizer, self.model.shape.vocab_size)
         self.op = pick_op(t.op, self.device, DTYPES[t.precision])
@@ -82,19 +100,22 @@ class Trainer:
         self.documents = open_documents(settings.data, self.tokenizer)
         self.batches = Batches(
             self.documents, ctx_len=settings.data.ctx_len, micro_bsz=t.micro_bsz,
-            accumulate=t.accumulate_grad_batches, seed=t.random_seed, epoch_steps=t.epoch_steps, device=self.device)
+            accumulate=t.live.accumulate_grad_batches, seed=t.random_seed, epoch_steps=t.epoch_steps,
+            device=self.device)
         self.logs, self.step, self.epoch_loss = Logs(run), 0, [0.0, 0]
-        self._position = self.batches.state()  # of the last completed step, also while one is under way
-        self.total_steps = t.epoch_count * self.batches.steps_per_epoch
+        self._scale, self._good = LARGEST_SCALE if t.precision == "fp16" else 1.0, 0
+        self._losses, self._skips = deque(maxlen=SPIKE_WINDOW), 0
+        self._stand()
 
-    @property
-    def epoch(self) -> int:
-        """Epochs completed."""
-        return self.step // self.batches.steps_per_epoch
+    def _stand(self) -> None:
+        """Where the run stands after its last completed step; it keeps saying so while the next one is under way."""
+        self._position = self.batches.state()
+        self.epoch, self.part_of_epoch = self.batches.progress(self.step)  # completed, and share of the next
+        self.total_steps = self.batches.total_steps(self.step, self.settings.train.epoch_count)
 
     @property
     def epoch_ended(self) -> bool:
-        return self.step > 0 and self.step % self.batches.steps_per_epoch == 0
+        return self.step > 0 and self.part_of_epoch == 0
 
     @property
     def save_due(self) -> bool:
@@ -122,36 +143,83 @@ class Trainer:
         """One optimizer step under `live`; returns its row of metrics.
 
         before_update is called once the loss has shown that the adapter is sound, and before it changes: the moment
-        for a checkpoint. Raises TrainingError, with nothing changed, when loss or gradient is not a number.
+        for a checkpoint. A loss or gradient that is not a number, and a spike, leave the adapter as it is:
+        TrainingError, or with on_spike=skip a row that is a "skip" event and has no loss.
         """
-        began, t = time.perf_counter(), self.settings.train
+        began, t = time.perf_counter(), dataclasses.replace(self.settings.train, live=live)
+        self.batches.accumulate(live.accumulate_grad_batches)
+        self._stand()
         micro_batches = self.batches.next_step()
         n_trained = sum(int(batch.mask.sum()) for batch in micro_batches)
-        ce = torch.zeros((), device=self.device)
-        for micro, batch in enumerate(micro_batches):
-            set_dropout_step(self.model, t.random_seed, self.step, micro)
-            hidden, _ = self.model.hidden(batch.inputs, op=self.op, grad_cp=bool(t.grad_cp))
-            loss, sum_ce = head_loss(hidden, self.model.head, batch.targets, batch.mask, n_trained)
-            loss.backward()
-            ce += sum_ce
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, live.grad_clip or math.inf))
-        ce_sum, lr = float(ce), learning_rate(self.step, self.total_steps, t.warmup_steps, live)
-        if not (math.isfinite(ce_sum) and math.isfinite(norm)):
+        ce_sum, norm = self._gradients(micro_batches, n_trained, live)
+        loss, lr = ce_sum / max(n_trained, 1), learning_rate(self.step, self.total_steps, t)
+        fault = self._fault(loss, norm)
+        if fault:
             self.optimizer.zero_grad()
-            raise TrainingError(f"loss {ce_sum / max(n_trained, 1)}, gradient norm {norm}: not a number",
-                                where=f"step {self.step + 1}", fix=_NOT_A_NUMBER)
-        before_update()
+            self._skips += 1
+            if t.on_spike == "stop" or self._skips > MOST_SKIPS:
+                raise TrainingError(fault, where=f"step {self.step + 1}", fix=_NOT_A_NUMBER)
+        else:
+            before_update()
+            self._update(lr)
+            self._losses.append(loss)
+            self._skips = 0
+            self.epoch_loss = [self.epoch_loss[0] + ce_sum, self.epoch_loss[1] + n_trained]
+        self.step += 1
+        self._stand()
+        if fault:
+            return {"step": self.step, "event": "skip", "why": fault, "lr": lr}
+        tokens = sum(batch.inputs.numel() for batch in micro_batches)
+        return {"step": self.step, "epoch": round(self.epoch + self.part_of_epoch, 4), "loss": loss, "lr": lr,
+                "grad_norm": norm, "tokens": n_trained,
+                "tokens_per_s": round(tokens / (time.perf_counter() - began), 1),
+                "peak_memory_mb": round(self._peak_memory() / 1e6, 1)}
+
+    def _gradients(self, micro_batches: Sequence[Batch], n_trained: int, live: LiveSettings) -> tuple[float, float]:
+        """Gradients of one step, clipped; returns Σ cross-entropy and the norm before clipping.
+
+        fp16 has few small numbers: its loss is scaled up, and where that overflows the step is computed again with
+        half the scale, so that no step is lost.
+        """
+        while True:
+            ce = torch.zeros((), device=self.device)
+            for micro, batch in enumerate(micro_batches):
+                set_dropout_step(self.model, self.settings.train.random_seed, self.step, micro, live.lora_dropout)
+                ce += self._backward(batch, n_trained)
+            for p in self.parameters if self._scale != 1 else ():
+                p.grad = p.grad if p.grad is None else p.grad.div_(self._scale)
+            norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, live.grad_clip or math.inf))
+            ce = float(ce)
+            if math.isfinite(norm) or self._scale == 1 or not math.isfinite(ce):
+                return ce, norm
+            self._scale, self._good = self._scale / 2, 0
+            self.optimizer.zero_grad()
+
+    def _backward(self, batch: Batch, n_trained: int) -> Tensor:
+        """Add one micro-batch's gradients; returns its Σ cross-entropy."""
+        hidden, _ = self.model.hidden(batch.inputs, op=self.op, grad_cp=bool(self.settings.train.grad_cp))
+        loss, ce = head_loss(hidden, self.model.head, batch.targets, batch.mask, n_trained)
+        (loss * self._scale).backward()
+        return ce
+
+    def _fault(self, loss: float, norm: float) -> str:
+        """Why a step's gradients must not be used, or ""."""
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            return f"loss {loss}, gradient norm {norm}: not a number"
+        usual, factor = statistics.median(self._losses or [math.inf]), self.settings.train.spike_factor
+        if factor and len(self._losses) >= SPIKE_WINDOW // 5 and loss > factor * usual:
+            return f"loss {loss:.4g} is a spike: {loss / usual:.3g} times the median of the steps before ({usual:.4g})"
+        return ""
+
+    def _update(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.step, self._position = self.step + 1, self.batches.state()
-        self.epoch_loss = [self.epoch_loss[0] + ce_sum, self.epoch_loss[1] + n_trained]
-        tokens = sum(batch.inputs.numel() for batch in micro_batches)
-        return {"step": self.step, "epoch": round(self.step / self.batches.steps_per_epoch, 4),
-                "loss": ce_sum / max(n_trained, 1), "lr": lr, "grad_norm": norm, "tokens": n_trained,
-                "tokens_per_s": round(tokens / (time.perf_counter() - began), 1),
-                "peak_memory_mb": round(self._peak_memory() / 1e6, 1)}
+        set_strength(self.model, 1)       # trained parts: the model computes with a copy in its own dtype
+        self._good += 1
+        if self._scale > 1 and self._good % SCALE_UP_AFTER == 0:
+            self._scale = min(2 * self._scale, LARGEST_SCALE)
 
     def _peak_memory(self) -> int:
         """Bytes: the allocator's peak on a GPU, the whole process's on a CPU (ru_maxrss is in KiB on Linux)."""
@@ -183,7 +251,8 @@ class Trainer:
         """All that resume() needs."""
         return Checkpoint(
             step=self.step, adapter=adapter_tensors(self.model), optimizer=self.optimizer.state_dict(),
-            data=self._position, epoch_loss=list(self.epoch_loss), live=dataclasses.asdict(live),
+            data=self._position, epoch_loss=list(self.epoch_loss), losses=list(self._losses),
+            loss_scale=[self._scale, self._good], live=dataclasses.asdict(live),
             settings=dataclasses.asdict(self.settings), base=self.base, log_sizes=self.logs.sizes(),
             finished=self.step >= self.total_steps)
 
@@ -192,8 +261,12 @@ class Trainer:
         if saved.base != self.base:
             raise SettingsError("the checkpoint was made on another base model", where=self.settings.train.load_model,
                                 fix="give the base it began with, or start='fresh'")
-        self.model.load_state_dict(saved.adapter, strict=False)
+        set_adapter_tensors(self.model, saved.adapter)
         self.optimizer.load_state_dict(saved.optimizer)
         self.batches.load(saved.data)
-        self.step, self.epoch_loss, self._position = saved.step, list(saved.epoch_loss), saved.data
+        self.batches.accumulate(saved.live_settings().accumulate_grad_batches)
+        self.step, self.epoch_loss = saved.step, list(saved.epoch_loss)
+        self._losses.extend(saved.losses)
+        self._scale, self._good = saved.loss_scale
+        self._stand()
         self.logs.cut(saved.log_sizes)

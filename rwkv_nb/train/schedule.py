@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import math
 
-from ..config import LiveSettings
+from ..config import TrainSettings
 
 
-def learning_rate(step: int, total_steps: int, warmup_steps: int, live: LiveSettings) -> float:
-    """Learning rate of optimizer step `step` (0-based): linear warm-up to lr_init, then a cosine to lr_final.
+def learning_rate(step: int, total_steps: int, train: TrainSettings) -> float:
+    """Learning rate of optimizer step `step` (0-based): linear warm-up to lr_init, then train.lr_schedule to lr_final.
 
-    Source of the cosine: Loshchilov & Hutter 2017, arXiv 1608.03983.
+    lr_final is reached at step live.lr_end, or the last one, and kept. Sources: cosine, Loshchilov & Hutter 2017,
+    arXiv 1608.03983; warm-up, stable, decay, Hu et al. 2024, arXiv 2404.06395.
     """
-    if step < warmup_steps:
-        return live.lr_init * (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(total_steps - 1 - warmup_steps, 1)
-    return live.lr_final + (live.lr_init - live.lr_final) * 0.5 * (1 + math.cos(math.pi * min(progress, 1)))
+    live, warmup, end = train.live, train.warmup_steps, train.live.lr_end or total_steps
+    if step < warmup:
+        return live.lr_init * (step + 1) / warmup
+    if train.lr_schedule == "wsd":
+        warmup = max(warmup, end - 1 - (train.decay_steps or math.ceil(end / 10)))  # the stable part is over then
+    progress = min(max((step - warmup) / max(end - 1 - warmup, 1), 0), 1)
+    share = 1 - progress if train.lr_schedule == "wsd" else 0.5 * (1 + math.cos(math.pi * progress))
+    return live.lr_final + (live.lr_init - live.lr_final) * share

@@ -76,6 +76,7 @@ class TrainSession:
         self.run = run if isinstance(run, Run) else Run(run)
         self.settings = settings or self.run.settings()
         config.check(self.settings)
+        config.check_together(self.settings)
         self.prompts, self._start_from, self._max_tokens = tuple(prompts), start, max_tokens
         self.trainer: Trainer | None = None
         self._lock = threading.Lock()
@@ -149,7 +150,7 @@ class TrainSession:
             pace = sum(self._seconds) / len(self._seconds) if self._seconds else None
             return Snapshot(
                 status=self._status, step=step, total_steps=total,
-                epochs=step / trainer.batches.steps_per_epoch if trainer else 0.0, rows=tuple(self._rows),
+                epochs=trainer.epoch + trainer.part_of_epoch if trainer else 0.0, rows=tuple(self._rows),
                 samples=tuple(self._samples), notices=tuple(self._notices), files=tuple(self._files),
                 live=self._live, seconds_left=None if pace is None else pace * (total - step),
                 error=str(self._error or ""))
@@ -248,7 +249,7 @@ class TrainSession:
             row = trainer.train_step(live, lambda live=live: self._checkpoint_if_due(live))
             with self._lock:              # snapshot() walks through them
                 self._seconds.append(time.monotonic() - began)
-            if trainer.step % live.log_every == 0 or trainer.step == trainer.total_steps:
+            if "event" in row or trainer.step % live.log_every == 0 or trainer.step == trainer.total_steps:
                 self._row(row)
             if trainer.epoch_ended:
                 trainer.end_epoch(row["lr"])

@@ -45,10 +45,10 @@ def ours(folder: Path, precision: str, grad_cp: int):
     from rwkv_nb.runs import Run
     from rwkv_nb.train.loop import Trainer
 
-    live = LiveSettings(lr_init=LR, lr_final=LR)
+    live = LiveSettings(lr_init=LR, lr_final=LR, lora_dropout=DROPOUT)
     trainer = Trainer(Run(folder / "run"), Settings(
         DataSettings(data_file=str(folder / "data"), template="plain", ctx_len=T),
-        LoraSettings(r=RANK, lora_alpha=ALPHA, lora_dropout=DROPOUT),
+        LoraSettings(r=RANK, lora_alpha=ALPHA),
         TrainSettings(load_model=str(folder / "base.pth"), precision=precision, grad_cp=grad_cp, epoch_steps=1000,
                       live=live, warmup_steps=0, accelerator="cpu", merge=0)))
     return lambda: trainer.train_step(live)["loss"]

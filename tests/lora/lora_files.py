@@ -7,7 +7,7 @@ from rwkv_nb.lora.adapter import save_adapter
 from rwkv_nb.lora.layers import adapter_parameters, attach
 from rwkv_nb.model import RWKV7, Shape, fingerprint, init_weights, load_model, save_weights
 
-LORA = LoraSettings(r=4, lora_alpha=12.0, lora_dropout=0.1)
+LORA = LoraSettings(r=4, lora_alpha=12.0)
 
 
 @torch.no_grad()

@@ -39,7 +39,8 @@ class Net(nn.Module):
 
 def adapted(net, p=0.0, r=5, targets=("att.key", "ffn.value")):
     """net with an adapter whose both halves are random."""
-    attach(net, LoraSettings(r, 15.0, p, targets), seed=1)
+    attach(net, LoraSettings(r, 15.0, target_modules=targets), seed=1)
+    set_dropout_step(net, 1, 0, 0, p)
     for layer in lora_layers(net).values():
         nn.init.normal_(layer.lora_B, std=0.3)
     return net
@@ -131,7 +132,8 @@ def dropout_alone(n, p):
     """A layer that returns dropout(x): no base, A = B = identity."""
     net = nn.ModuleDict({"key": nn.Linear(n, n, bias=False)})
     nn.init.zeros_(net["key"].weight)
-    attach(net, LoraSettings(n, float(n), p, ("key",)), seed=0)
+    attach(net, LoraSettings(n, float(n), target_modules=("key",)), seed=0)
+    set_dropout_step(net, 0, 0, 0, p)
     for half in adapter_parameters(net):
         nn.init.eye_(half)
     return net["key"]
@@ -209,7 +211,7 @@ def test_a_checkpointed_model_trains_alike(lively, tokens):
         attach(model, LORA, seed=0)
         for layer in lora_layers(model).values():
             nn.init.normal_(layer.lora_B, std=0.1, generator=torch.Generator().manual_seed(layer.index))
-        set_dropout_step(model, 1, 2, 3)
+        set_dropout_step(model, 1, 2, 3, 0.1)
         model.hidden(tokens, grad_cp=grad_cp)[0].square().mean().backward()
         found.append([p.grad for p in adapter_parameters(model)])
     for plain, recomputed in zip(*found, strict=True):
