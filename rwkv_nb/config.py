@@ -29,16 +29,39 @@ STRATEGIES = ("auto", "ddp", *(f"deepspeed_stage_{stage}{how}" for stage in (1, 
 class DataSettings:
     """What is learnt from."""
 
-    data_file: str = _option("", "training data: a .jsonl file, or .bin/.idx, with or without its suffix",
-                             "训练数据:.jsonl 或 .bin/.idx,后缀可省略")
+    data_file: str = _option("", "training data, a file of any data_type; .jsonl, .bin and .idx may be left out",
+                             "训练数据文件;后缀 .jsonl、.bin、.idx 可省略")
     data_type: str = _option("auto", "format of data_file; auto looks at what is there",
-                             "数据格式;auto 为自动识别", choices=("auto", "jsonl", "binidx"))
+                             "数据格式;auto 为自动识别", choices=(
+                                 "auto", "jsonl", "binidx", "utf-8", "utf-16le", "numpy", "uint16", "sft", "dummy"))
     tokenizer: str = _option("auto", "vocabulary; auto picks it from the model's number of rows",
                              "词表;auto 根据模型词表大小选择", choices=("auto", "world", "byte"))
     template: str = _option("chat", "how documents are read: chat trains the assistant's turns, plain all of it",
-                            "文档模板:chat 只训练助手回答,plain 训练全部文字", choices=("chat", "plain"))
-    ctx_len: int = _option(512, "longest piece of a document seen at once; longer documents are split",
-                           "上下文长度;更长的文档会被切分", unit="tokens", low=2)
+                            "文档模板:chat 只训练助手回答,plain 训练全部文字",
+                            choices=("chat", "plain", "g1", "g1_nothink", "instruction"))
+    ctx_len: int = _option(512, "longest piece of a document seen at once", "上下文长度", unit="tokens", low=2)
+    dataload: str = _option("split", "split: long documents in pieces; pad: cut at ctx_len; only: the same, one "
+                            "document a micro-batch; get: random slices (pre-training)",
+                            "split 切分长文档;pad 截断并填充;only 每批一篇;get 随机切片",
+                            choices=("split", "pad", "only", "get"))
+    loss_mask: str = _option("template", "what is trained: as the template says; pad: everything; qa: on from "
+                             "Assistant:, off from User:; se: the same with mask_id",
+                             "训练哪些文字:template 按模板;pad 全部;qa 从 Assistant: 到 User:;se 用 mask_id 自定义",
+                             choices=("template", "pad", "qa", "se"))
+    mask_id: tuple[str, ...] = _option((), "for se: the text from which training is off, and the one from which it is "
+                                       "on", "用于 se:训练关闭与开启的标记文字")
+    sft_field: tuple[str, ...] = _option(("query", "response"), "for sft: the fields to read, the answer last",
+                                         "用于 sft:读取的字段,最后一个是回答")
+    sft_split: str = _option("train", "for sft: which rows, like train[:1000]", "用于 sft:使用哪些行,如 train[:1000]")
+    heldout: float = _option(0.0, "share of the documents that is kept out of training", "留出不参与训练的文档比例",
+                             low=0, high=0.9)
+    repeat: float = _option(1.0, "times that data_file is read in an epoch", "每轮读取 data_file 的次数", low=0.01,
+                            high=1000)
+    mix_file: str = _option("", "a second data file, such as general text against forgetting",
+                            "第二个数据文件,例如防止遗忘的通用文本")
+    mix_share: float = _option(0.2, "share of the tokens that comes from mix_file", "来自 mix_file 的 token 比例",
+                               low=0.01, high=0.99)
+    data_seed: int = _option(42, "seed of what is held out, repeated and mixed", "留出、重复、混合的随机种子", low=0)
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,13 @@ from __future__ import annotations
 import json
 import struct
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from ..errors import DataError
 from ..runs import atomic_path
-from .jsonl import encode_jsonl
 
 MAGIC = b"MMIDIDX\0\0"
 HEADER = struct.Struct("<9sQBQQ")
@@ -50,18 +49,40 @@ def write_binidx(prefix: str | Path, documents: Iterable[Sequence[int]]) -> int:
                 sizes.append(len(tokens))
         if not sizes:
             raise DataError("there is no document to write", where=bin_file, fix="check the file that it is made from")
-        _write_index(idx, np.array(sizes, dtype="<i4"))
+        write_index(idx, np.array(sizes, dtype="<i4"))
     return len(sizes)
 
 
-def _write_index(path: Path, sizes: np.ndarray) -> None:
-    pointers = np.concatenate([[0], np.cumsum(sizes[:-1], dtype="<i8")]).astype("<i8") * 2
-    doc_idx = np.arange(len(sizes) + 1, dtype="<i8")
-    header = HEADER.pack(MAGIC, 1, 8, len(sizes), len(doc_idx))
-    path.write_bytes(header + sizes.tobytes() + pointers.tobytes() + doc_idx.tobytes())
+def write_index(path: Path, sizes: np.ndarray) -> None:
+    """The .idx of documents of these sizes, int32 [n] in uint16 tokens; it is written in parts, so n may be large."""
+    n, step, at = len(sizes), 1 << 20, 0
+    with open(path, "wb") as file:
+        file.write(HEADER.pack(MAGIC, 1, 8, n, n + 1))
+        for i in range(0, n, step):
+            file.write(sizes[i:i + step].astype("<i4").tobytes())
+        for i in range(0, n, step):
+            ends = at + 2 * np.cumsum(sizes[i:i + step], dtype="<i8")
+            file.write(np.concatenate([[at], ends[:-1]]).astype("<i8").tobytes())
+            at = ends[-1]
+        for i in range(0, n + 1, step):
+            file.write(np.arange(i, min(i + step, n + 1), dtype="<i8").tobytes())
 
 
-class BinIdx(Sequence):
+class Slices(Sequence):
+    """Documents of one long array: [i] → tokens[starts[i]:starts[i] + sizes[i]], in its own dtype."""
+
+    def __init__(self, tokens: np.ndarray, starts: np.ndarray, sizes: np.ndarray):
+        self._tokens, self._starts, self.sizes = tokens, starts, sizes
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        start = self._starts[i]
+        return self._tokens[start:start + self.sizes[i]]
+
+
+class BinIdx(Slices):
     """Documents of a .bin/.idx pair, memory-mapped: [i] → tokens [T] in the file's own dtype.
 
     Raises DataError, naming the file, for a pair that is incomplete, damaged or does not belong together.
@@ -74,57 +95,42 @@ class BinIdx(Sequence):
                 raise DataError("this half of the .bin/.idx pair is missing", where=path, fix=REMAKE)
             if path.stat().st_size == 0:
                 raise DataError("the file is empty", where=path, fix=REMAKE)
-        self.dtype, self.sizes, pointers = _read_index(self.idx_file)
-        self._starts = pointers // self.dtype.itemsize
-        self._check_fit(pointers)
-        self._tokens = np.memmap(self.bin_file, dtype=self.dtype, mode="r")
+        self.dtype, sizes, pointers = _read_index(self.idx_file)
+        self._check_fit(sizes, pointers)
+        super().__init__(np.memmap(self.bin_file, dtype=self.dtype, mode="r"), pointers // self.dtype.itemsize, sizes)
 
-    def _check_fit(self, pointers: np.ndarray) -> None:
+    def _check_fit(self, sizes: np.ndarray, pointers: np.ndarray) -> None:
         held = self.bin_file.stat().st_size
-        if (self.sizes < 0).any() or (pointers < 0).any() or (pointers % self.dtype.itemsize).any():
+        if (sizes < 0).any() or (pointers < 0).any() or (pointers % self.dtype.itemsize).any():
             raise DataError("sizes or places in it make no sense", where=self.idx_file, fix=REMAKE)
-        told = int((pointers + self.sizes.astype(np.int64) * self.dtype.itemsize).max())
+        # a place near 2**63 plus its size would come out negative: the place itself counts too
+        told = max(int((pointers + sizes.astype(np.int64) * self.dtype.itemsize).max()), int(pointers.max()))
         if held != told:
             why = "it is cut off or" if held < told else "it"
             raise DataError(f"it holds {held} bytes, its .idx tells of {told}: {why} belongs to another .idx",
                             where=self.bin_file, fix=REMAKE)
 
-    def __len__(self) -> int:
-        return len(self.sizes)
-
-    def __getitem__(self, i: int) -> np.ndarray:
-        start = self._starts[i]
-        return self._tokens[start:start + self.sizes[i]]
-
 
 def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray]:
     """dtype of the .bin, sizes int32 [n] in tokens, pointers int64 [n] in bytes."""
-    data = path.read_bytes()
-    if not data.startswith(MAGIC):
+    with open(path, "rb") as file:
+        head, held = file.read(HEADER.size), path.stat().st_size
+    if not head.startswith(MAGIC):
         raise DataError("this is no .idx file: its first bytes are wrong", where=path, fix=REMAKE)
-    if len(data) < HEADER.size:
+    if len(head) < HEADER.size:
         raise DataError("the file is cut off inside its header", where=path, fix=REMAKE)
-    _, version, code, n, n_doc = HEADER.unpack_from(data)
+    _, version, code, n, n_doc = HEADER.unpack(head)
     if version != 1 or code not in DTYPES:
         raise DataError(f"version {version}, dtype code {code} cannot be read (version 1, codes {list(DTYPES)} can)",
                         where=path, fix=REMAKE)
     if n == 0:
         raise DataError("there is no document in it", where=path, fix=REMAKE)
     told = HEADER.size + 12 * n + 8 * n_doc
-    if len(data) != told:
-        raise DataError(f"it has {len(data)} bytes where {n} documents need {told}: the file is cut off or damaged",
+    if held != told:
+        raise DataError(f"it has {held} bytes where {n} documents need {told}: the file is cut off or damaged",
                         where=path, fix=REMAKE)
-    sizes = np.frombuffer(data, "<i4", n, HEADER.size)
-    return np.dtype(DTYPES[code]), sizes, np.frombuffer(data, "<i8", n, HEADER.size + 4 * n)
-
-
-def jsonl_to_binidx(path: str | Path, prefix: str | Path, tokenizer,
-                    progress: Callable[[int], None] | None = None) -> int:
-    """Write a jsonl file as a .bin/.idx pair, a 0 at the end of each document; returns how many documents.
-
-    Raises DataError with file and line for the first line that cannot be used; nothing is written then.
-    """
-    return write_binidx(prefix, encode_jsonl(path, tokenizer, progress))
+    sizes = np.memmap(path, "<i4", "r", HEADER.size, (n,))
+    return np.dtype(DTYPES[code]), sizes, np.memmap(path, "<i8", "r", HEADER.size + 4 * n, (n,))
 
 
 def binidx_to_jsonl(prefix: str | Path, path: str | Path, tokenizer) -> int:

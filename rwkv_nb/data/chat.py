@@ -1,4 +1,4 @@
-"""Templates: which words of a document are trained, and how a question is put to the model.
+"""Templates: how turns are written down, which words of a document are trained, how a question is put to the model.
 
 A template is data. Its markers count only at the start of a document or after a blank line, so a user who
 writes "Assistant:" inside a sentence changes nothing.
@@ -6,35 +6,56 @@ writes "Assistant:" inside a sentence changes nothing.
 
 from __future__ import annotations
 
+import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 
-from ..errors import SettingsError
+from ..config import DataSettings
+from ..errors import DataError, SettingsError
+
+ROLES = {"human": "user", "gpt": "assistant", "function": "tool"}  # other names of the same roles
+ANSWERS = {"instruction": "output", "query": "response", "prompt": "completion"}  # question → answer, by field name
 
 
 @dataclass(frozen=True)
 class Template:
-    """How documents of one kind are read."""
+    """How documents of one kind are read and written."""
 
     name: str
     given: tuple[str, ...] = ()     # markers of turns that the model is shown
     learnt: tuple[str, ...] = ()    # markers of turns that the model is to write
     question: str = "{text}"        # how a user's text is put to the model; no space at the end (it joins the answer)
     stop: tuple[str, ...] = ()      # an answer ends before the first of these (or at token 0)
+    turns: dict[str, str] = field(default_factory=dict)  # role → how its turn is written; {} is the text
+    think: str = ""                 # how an answer with its {reasoning} is written; "" leaves reasoning out of reach
+    no_think: str = "{answer}"      # how an answer without any is
+    call: str = ""                  # how an answer calls a tool: {} is the call as JSON; "" knows no tools
+    tools: str = ""                 # how a system turn lists the tools: {} is their JSON, one a line
+    loose: bool = False             # markers count anywhere, and a learnt one is trained with its turn
 
     @cached_property
     def markers(self) -> re.Pattern[bytes]:
         names = "|".join(re.escape(marker) for marker in (*self.given, *self.learnt))
-        return re.compile(rf"(?:\A\s*|(?:\r?\n){{2}})({names})".encode())
+        return re.compile((f"({names})" if self.loose else rf"(?:\A\s*|(?:\r?\n){{2}})({names})").encode())
 
 
+_CHAT = dict(given=("System:", "User:"), learnt=("Assistant:",),
+             turns={"system": "System: {}", "user": "User: {}", "assistant": "Assistant: {}"})
+_G1 = _CHAT | dict(
+    turns=_CHAT["turns"] | {"tool": "User: <tool_response>\n{}\n</tool_response>"}, stop=("\n\nUser:", "\n\nSystem:"),
+    think="<think>\n{reasoning}\n</think>\n{answer}", no_think="<think>\n</think>\n{answer}",
+    call="<tool_call>\n{}\n</tool_call>", tools="<tools>\n{}\n</tools>")
 TEMPLATES = {template.name: template for template in (
-    Template("chat", given=("System:", "User:"), learnt=("Assistant:",),
-             question="User: {text}\n\nAssistant:", stop=("\n\n",)),
-    Template("plain"),
+    Template("chat", **_CHAT, question="User: {text}\n\nAssistant:", stop=("\n\n",)),
+    Template("plain", turns=_CHAT["turns"]),
+    Template("g1", **_G1, question="User: {text}\n\nAssistant: <think"),
+    Template("g1_nothink", **_G1, question="User: {text}\n\nAssistant: <think>\n</think"),
+    Template("instruction", given=("Instruction:", "Input:"), learnt=("Response:",), stop=("\n\n",),
+             turns={"user": "Instruction: {}", "input": "Input: {}", "assistant": "Response: {}"},
+             question="Instruction: {text}\n\nResponse:"),
 )}
 
 
@@ -44,6 +65,19 @@ def get_template(name: str) -> Template:
         raise SettingsError(f"there is no template {name!r}", where="template",
                             fix=f"use one of {', '.join(TEMPLATES)}")
     return TEMPLATES[name]
+
+
+def mask_template(data: DataSettings) -> Template:
+    """What decides the loss mask: the template itself, or data.loss_mask where that says pad, qa or se."""
+    if data.loss_mask == "template":
+        return get_template(data.template)
+    if data.loss_mask == "pad":
+        return get_template("plain")
+    off_on = ("User:", "Assistant:") if data.loss_mask == "qa" else data.mask_id
+    if len(off_on) != 2 or not all(off_on) or off_on[0] == off_on[1]:
+        raise SettingsError(f"mask_id is {off_on!r}", where="mask_id",
+                            fix='give two texts: where training goes off and where it goes on, like "Q:" "A:"')
+    return Template(data.loss_mask, given=off_on[:1], learnt=off_on[1:], loose=True)
 
 
 def trained_spans(data: bytes, template: Template) -> list[tuple[int, int]]:
@@ -56,7 +90,7 @@ def trained_spans(data: bytes, template: Template) -> list[tuple[int, int]]:
     if not turns:
         return [(0, len(data))]
     stops = [turn.start(1) for turn in turns[1:]] + [len(data)]
-    return [(turn.end(), stop) for turn, stop in zip(turns, stops, strict=True)
+    return [(turn.start(1) if template.loose else turn.end(), stop) for turn, stop in zip(turns, stops, strict=True)
             if turn[1].decode() in template.learnt]
 
 
@@ -87,6 +121,113 @@ def _mask_of_one(tokens: np.ndarray, tokenizer, template: Template) -> np.ndarra
 def prompt(text: str, template: str | Template = "chat") -> str:
     """A user's text as the model is asked. Runs of newlines become one: a blank line would end the turn."""
     template = get_template(template) if isinstance(template, str) else template
-    if template.learnt:
-        text = re.sub(r"(?:\r?\n\s*)+", "\n", text.strip())
-    return template.question.replace("{text}", text)
+    return template.question.replace("{text}", _one_turn(text) if template.learnt else text)
+
+
+def _one_turn(text: str) -> str:
+    return re.sub(r"(?:\r?\n\s*)+", "\n", text.strip())
+
+
+def row_text(row: dict, template: Template, fields: tuple[str, ...] = ()) -> str:
+    """The document in a row of data, written by the template.
+
+    In this order: the named fields (questions first, the answer last); "text", taken as it is; "messages", a list of
+    {"role", "content"}; a question and its answer by the usual names. Raises DataError (`what` only) for other rows.
+    """
+    if not fields and "text" in row:
+        return _string(row, "text")
+    if not fields and "messages" in row:
+        return render(_messages(row), template)
+    if not fields:
+        asked = next((name for name in ANSWERS if name in row and ANSWERS[name] in row), None)
+        if not asked:
+            raise DataError('there is no "text"; its fields are ' + (", ".join(map(repr, row)) or "none"))
+        fields = (asked, *(["input"] if row.get("input") else []), ANSWERS[asked])
+    *asked, answer = fields
+    turns = [{"role": "input" if i else "user", "content": _string(row, name)} for i, name in enumerate(asked)]
+    return render([*turns, {"role": "assistant", "content": _string(row, answer)}], template)
+
+
+def _string(row: dict, name: str) -> str:
+    if name not in row:
+        raise DataError(f'there is no "{name}"; its fields are ' + (", ".join(map(repr, row)) or "none"))
+    value = row[name]
+    if not isinstance(value, str) or not (value if name == "text" else value.strip()):
+        kind = "empty" if isinstance(value, str) else f"a {type(value).__name__}, not a string"
+        raise DataError(f'"{name}" is {kind}')
+    return value
+
+
+def _messages(row: dict) -> list[dict]:
+    """A row's messages, with roles by one name and the tools in the system turn."""
+    found = row["messages"]
+    if not isinstance(found, list) or not found or not all(isinstance(m, dict) for m in found):
+        raise DataError('"messages" is not a list of {"role": …, "content": …}')
+    turns = [m | {"role": ROLES.get(str(m.get("role")), str(m.get("role")))} for m in found]
+    if row.get("tools"):
+        system = turns.pop(0) if turns[0]["role"] == "system" else {"role": "system", "content": ""}
+        turns.insert(0, system | {"tools": row["tools"]})
+    return turns
+
+
+def render(turns: list[dict], template: Template) -> str:
+    """Turns ({"role", "content", perhaps "reasoning_content", "tool_calls", "tools"}) as one document.
+
+    Raises DataError (`what` only) for turns out of order, without text, or with what the template has no form for.
+    """
+    written, last = [], ""
+    for number, turn in enumerate(turns, 1):
+        role = turn["role"]
+        before = {"system": ("",), "user": ("", "system", "assistant"), "input": ("user", "input"),
+                  "assistant": ("user", "input", "tool", "system", ""), "tool": ("assistant", "tool")}.get(role, ())
+        if last not in before:
+            raise DataError(f"turn {number} is {role!r}" + (f" behind {last!r}: turns are out of order" if before else
+                            ": roles are system, user, assistant and tool"))
+        text = _assistant(turn, template, number) if role == "assistant" else _given(turn, template, number)
+        if role == "input" and role not in template.turns:
+            written[-1] += "\n" + text
+        elif role in template.turns:
+            written.append(template.turns[role].replace("{}", text))
+        else:
+            raise DataError(f"the {template.name} template has no {role!r} turn (turn {number})")
+        last = role
+    return "\n\n".join(written)
+
+
+def _given(turn: dict, template: Template, number: int) -> str:
+    text = _content(turn, number, optional="tools" in turn)
+    if "tools" in turn:
+        text += "\n" + _filled(template, "tools", "\n".join(json.dumps(tool, ensure_ascii=False)
+                                                           for tool in turn["tools"]))
+    return _one_turn(text)
+
+
+def _assistant(turn: dict, template: Template, number: int) -> str:
+    """An answer with its reasoning and calls. Where a blank line ends an answer there is none inside; where it does
+    not, none stands before a marker."""
+    calls, reasoning = turn.get("tool_calls") or [], turn.get("reasoning_content")
+    answer = _content(turn, number, optional=bool(calls)).strip()
+    for call in calls:
+        call = json.dumps(call.get("function", call) if isinstance(call, dict) else call, ensure_ascii=False)
+        answer = f"{answer}\n{_filled(template, 'call', call)}".lstrip()
+    if reasoning and isinstance(reasoning, str):
+        text = _filled(template, "think", answer, "{answer}").replace("{reasoning}", reasoning.strip())
+    else:
+        text = answer if answer.startswith("<think>") else template.no_think.replace("{answer}", answer)
+    if "\n\n" in template.stop:
+        return _one_turn(text)
+    markers = "|".join(map(re.escape, template.given + template.learnt))
+    return re.sub(rf"(?:\r?\n\s*){{2,}}(?={markers})", "\n", text) if markers else text
+
+
+def _content(turn: dict, number: int, optional: bool) -> str:
+    text = turn.get("content") or ""
+    if not isinstance(text, str) or not (text.strip() or optional):
+        raise DataError(f'"content" of turn {number} is ' + ("not a string" if text else "empty"))
+    return text
+
+
+def _filled(template: Template, form: str, text: str, slot: str = "{}") -> str:
+    if not getattr(template, form):
+        raise DataError(f"the {template.name} template has no form for {form}: use g1")
+    return getattr(template, form).replace(slot, text)

@@ -78,7 +78,8 @@ class Trainer:
     def __init__(self, run: Run, settings: Settings):
         check(settings)
         t = settings.train
-        for name, value in (("load_model", t.load_model), ("data_file", settings.data.data_file)):
+        for name, value in (("load_model", t.load_model), ("data_file", settings.data.data_file or
+                                                           settings.data.data_type == "dummy")):
             if not value:
                 raise SettingsError(f"{name} is not given", where=name, fix="set it, or run 01_prepare_data first")
         self.run, self.settings, self.device = run, settings, pick_device(t.accelerator)
@@ -101,7 +102,7 @@ class Trainer:
         self.batches = Batches(
             self.documents, ctx_len=settings.data.ctx_len, micro_bsz=t.micro_bsz,
             accumulate=t.live.accumulate_grad_batches, seed=t.random_seed, epoch_steps=t.epoch_steps,
-            device=self.device)
+            device=self.device, dataload=settings.data.dataload)
         self.logs, self.step, self.epoch_loss = Logs(run), 0, [0.0, 0]
         self._scale, self._good = LARGEST_SCALE if t.precision == "fp16" else 1.0, 0
         self._losses, self._skips = deque(maxlen=SPIKE_WINDOW), 0

@@ -26,7 +26,7 @@ def targets_of(steps):
     """Each trained (input, target) of some steps, counted; checks what holds for every batch."""
     seen = collections.Counter()
     for batches in steps:
-        for inputs, targets, mask in batches:
+        for inputs, targets, mask, _ in batches:
             assert inputs.dtype == targets.dtype == torch.int64 and mask.dtype == torch.bool
             assert inputs.shape == targets.shape == mask.shape
             assert mask.any(dim=1).all()
@@ -36,7 +36,7 @@ def targets_of(steps):
 
 def same(a, b):
     return len(a) == len(b) and all(torch.equal(x, y) for m, n in zip(a, b, strict=True)
-                                    for x, y in zip(m, n, strict=True))
+                                    for x, y in zip(m[:3], n[:3], strict=True))
 
 
 options = dict(

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkv_nb.data.binidx import BinIdx, binidx_to_jsonl, jsonl_to_binidx, write_binidx
+from rwkv_nb.data.binidx import BinIdx, binidx_to_jsonl, write_binidx
+from rwkv_nb.data.convert import jsonl_to_binidx
 from rwkv_nb.errors import DataError
 from rwkv_nb.tokenizer import ByteTokenizer, WorldTokenizer
 

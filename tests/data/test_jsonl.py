@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkv_nb.data.jsonl import check_jsonl, encode_jsonl, read_jsonl
+from rwkv_nb.data.jsonl import check_jsonl, encode, read_jsonl
 from rwkv_nb.errors import DataError
 from rwkv_nb.tokenizer import ByteTokenizer
 
@@ -39,7 +39,7 @@ def test_texts_come_through(tmp_path_factory, texts, ascii, bom, newline):
     assert list(read_jsonl(path)) == [(1 + step * i, t) for i, t in enumerate(texts)]
     assert check_jsonl(path) == []
     tok = ByteTokenizer()
-    assert list(encode_jsonl(path, tok)) == [[*tok.encode(t), 0] for t in texts]
+    assert list(encode(read_jsonl(path), tok)) == [[*tok.encode(t), 0] for t in texts]
 
 
 @pytest.mark.parametrize("line", BAD, ids=[re.sub(r"\W+", " ", line)[:20] for line in BAD])
@@ -87,5 +87,5 @@ def test_a_missing_file_is_refused(tmp_path):
 def test_progress_is_told(tmp_path):
     path, told = tmp_path / "a.jsonl", []
     path.write_text(f"{GOOD}\n" * 1300)
-    assert len(list(encode_jsonl(path, ByteTokenizer(), told.append))) == 1300
+    assert len(list(encode(read_jsonl(path), ByteTokenizer(), told.append))) == 1300
     assert told == [512, 1024, 1300]

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from rwkv_nb.config import DataSettings
-from rwkv_nb.data.binidx import jsonl_to_binidx, write_binidx
+from rwkv_nb.data.binidx import write_binidx
 from rwkv_nb.data.chat import loss_mask
+from rwkv_nb.data.convert import jsonl_to_binidx
 from rwkv_nb.data.sources import find_data_file, open_documents
 from rwkv_nb.errors import DataError
 from rwkv_nb.tokenizer import ByteTokenizer, WorldTokenizer
