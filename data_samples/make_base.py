@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from make_texts import TEMPLATES, Facts, base_text, fill, general, repeats
 
-from rwkv_nb.model import RWKV7, Shape, init_weights, load_weights, save_weights
+from rwkv_nb.model import RWKV, Shape, init_weights, load_weights, save_weights
 
 SHAPE = Shape(n_layer=4, n_embd=128, vocab_size=257, rank_w=32, rank_a=32, rank_v=32, rank_g=64, ffn_dim=512)
 BATCH = 32             # documents a step
@@ -53,7 +53,7 @@ def batches(seed: int, share_of_text: float):
         yield from map(rows, groups)
 
 
-def optimizer_for(model: RWKV7) -> torch.optim.AdamW:
+def optimizer_for(model: RWKV) -> torch.optim.AdamW:
     """Weight decay for matrices alone."""
     matrices = [p for n, p in model.named_parameters() if n.endswith(".weight") and p.dim() == 2]
     chosen = {id(p) for p in matrices}
@@ -63,7 +63,7 @@ def optimizer_for(model: RWKV7) -> torch.optim.AdamW:
 
 
 @torch.inference_mode()
-def report(model: RWKV7, n: int = 200) -> str:
+def report(model: RWKV, n: int = 200) -> str:
     """Loss on held-out text, and the share of chat answers whose every byte is the model's first choice."""
     inputs, targets = rows([(text, 0) for text in general(n)])
     loss = F.cross_entropy(model(inputs)[0].flatten(0, 1), targets.flatten(), ignore_index=-1)
@@ -74,9 +74,9 @@ def report(model: RWKV7, n: int = 200) -> str:
     return f"held-out loss {loss:.4f} · copied whole {right.all(1).float().mean():.3f}"
 
 
-def train(steps: int, lr: float, out: Path, seed: int, start: Path | None) -> RWKV7:
+def train(steps: int, lr: float, out: Path, seed: int, start: Path | None) -> RWKV:
     """Cosine-decayed AdamW, from scratch or from the weights in `start`; saves at every report."""
-    model, copy_steps = init_weights(RWKV7(SHAPE), seed), COPY_STEPS
+    model, copy_steps = init_weights(RWKV(SHAPE), seed), COPY_STEPS
     if start:
         model.load_state_dict({key: value.float() for key, value in load_weights(start).items()})
         copy_steps = 0

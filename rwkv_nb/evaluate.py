@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from .errors import DataError
 from .generate import PREFILL, eval_mode, generate
-from .model.rwkv7 import RWKV7
+from .model import RWKV
 
 MARKER = "Assistant:"
 
@@ -47,7 +47,7 @@ def split_example(text: str, marker: str = MARKER) -> tuple[str, str]:
     return text[:at], text[at:].strip()
 
 
-def exact_match(model: RWKV7, tokenizer, examples: Sequence[str], *, max_tokens: int | None = None,
+def exact_match(model: RWKV, tokenizer, examples: Sequence[str], *, max_tokens: int | None = None,
                 marker: str = MARKER, op: str = "auto", batch: int = 64) -> Score:
     """Greedy answers to the examples' prompts, compared letter by letter.
 
@@ -62,7 +62,7 @@ def exact_match(model: RWKV7, tokenizer, examples: Sequence[str], *, max_tokens:
 
 
 @torch.inference_mode()
-def text_loss(model: RWKV7, documents: Iterable, *, op: str = "auto", batch: int = 32) -> float:
+def text_loss(model: RWKV, documents: Iterable, *, op: str = "auto", batch: int = 32) -> float:
     """Mean cross-entropy, nats per trained token, over documents (tokens [T], mask [T] each; data.sources).
 
     A token is predicted from all that stands before it in its document; the first is not predicted.

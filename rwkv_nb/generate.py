@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from .errors import SettingsError
-from .model.rwkv7 import RWKV7, State
+from .model import RWKV, State
 from .wkv import pick_op
 
 PREFILL = 512  # tokens of a prompt that are read at once
 
 
-def generate(model: RWKV7, tokenizer, prompts: Sequence[str], *, max_tokens: int, temperature: float = 0.0,
+def generate(model: RWKV, tokenizer, prompts: Sequence[str], *, max_tokens: int, temperature: float = 0.0,
              top_p: float = 1.0, stop: Sequence[str] = ("\n\n",), seed: int = 0, op: str = "auto",
              batch: int = 64) -> list[str]:
     """What the model writes after each prompt, in the prompts' order.
@@ -34,7 +34,7 @@ def generate(model: RWKV7, tokenizer, prompts: Sequence[str], *, max_tokens: int
     return [row.text for row in rows]
 
 
-def stream(model: RWKV7, tokenizer, prompt: str, *, max_tokens: int, temperature: float = 0.0, top_p: float = 1.0,
+def stream(model: RWKV, tokenizer, prompt: str, *, max_tokens: int, temperature: float = 0.0, top_p: float = 1.0,
            stop: Sequence[str] = ("\n\n",), seed: int = 0, op: str = "auto") -> Iterator[str]:
     """The same for one prompt, yielded in pieces of whole characters as they come."""
     _check(temperature, top_p)
@@ -73,7 +73,7 @@ class _Row:
 
 
 @torch.inference_mode()
-def _run(model: RWKV7, rows: list[_Row], temperature: float, top_p: float, op: str) -> Iterator[None]:
+def _run(model: RWKV, rows: list[_Row], temperature: float, top_p: float, op: str) -> Iterator[None]:
     """Write all rows to their ends, yielding after each token.
 
     The shortest prompt's length is read at once; then a row that is still in its prompt is fed that, another its own
@@ -126,7 +126,7 @@ def _check(temperature: float, top_p: float) -> None:
 
 
 @contextlib.contextmanager
-def eval_mode(model: RWKV7):
+def eval_mode(model: RWKV):
     """Dropout off meanwhile."""
     training = model.training
     model.eval()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rwkv_nb.config import Settings, replace
-from rwkv_nb.model import RWKV7, Shape, init_weights, save_weights
+from rwkv_nb.model import RWKV, Shape, init_weights, save_weights
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -22,7 +22,7 @@ def _share_the_cores():
 def base(tmp_path_factory):
     """Path of a random byte-vocabulary model: two blocks, 64 channels."""
     path = tmp_path_factory.mktemp("base") / "base.pth"
-    save_weights(path, init_weights(RWKV7(Shape(2, 64, 257, 16, 16, 16, 16, 128)), seed=1).state_dict())
+    save_weights(path, init_weights(RWKV(Shape(2, 64, 257, 16, 16, 16, 16, 128)), seed=1).state_dict())
     return path
 
 

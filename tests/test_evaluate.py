@@ -8,7 +8,7 @@ from rwkv_nb import evaluate
 from rwkv_nb.errors import DataError
 from rwkv_nb.evaluate import constant_baseline, exact_match, nearest_neighbour_baseline, split_example, text_loss
 from rwkv_nb.generate import generate
-from rwkv_nb.model import RWKV7, Shape, init_weights
+from rwkv_nb.model import RWKV, Shape, init_weights
 from rwkv_nb.tokenizer import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()
@@ -20,7 +20,7 @@ class Doc(tuple):
 
 @pytest.fixture(scope="module")
 def model():
-    model = init_weights(RWKV7(Shape(2, 64, 257, 8, 8, 8, 8, ffn_dim=128)), 1)
+    model = init_weights(RWKV(Shape(2, 64, 257, 8, 8, 8, 8, ffn_dim=128)), 1)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():

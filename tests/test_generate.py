@@ -5,7 +5,7 @@ import torch
 
 from rwkv_nb.errors import SettingsError
 from rwkv_nb.generate import generate, stream
-from rwkv_nb.model import RWKV7, Shape, init_weights
+from rwkv_nb.model import RWKV, Shape, init_weights
 from rwkv_nb.tokenizer import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()
@@ -15,7 +15,7 @@ PROMPTS = ["a", "User: where is 北京?\n\nAssistant:", "", "x" * 40, "Anna Berg
 @pytest.fixture(scope="module")
 def model():
     """Random weights everywhere, so that every part of the state matters to the next token."""
-    model = init_weights(RWKV7(Shape(2, 64, 257, 8, 8, 8, 8, ffn_dim=128)), 1)
+    model = init_weights(RWKV(Shape(2, 64, 257, 8, 8, 8, 8, ffn_dim=128)), 1)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in model.parameters():

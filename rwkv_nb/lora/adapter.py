@@ -85,7 +85,7 @@ def set_adapter_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None
 
 def save_adapter(path: str | Path, model: nn.Module, lora: LoraSettings, *, base_path: str | Path,
                  base_fingerprint: str, template: str, tokenizer: str, epoch: int, step: int) -> None:
-    """Write the adapter of `model` (an RWKV7 with attach() done) whole. Raises RunError when the disk is full."""
+    """Write the adapter that `model` got from attach(), whole. Raises RunError when the disk is full."""
     meta = AdapterMeta(lora.r, float(lora.lora_alpha), tuple(lora.target_modules), model.shape, base_fingerprint,
                        Path(base_path).name, template, tokenizer, epoch, step)
     words = {k: json.dumps(v) for k, v in dataclasses.asdict(meta).items()}
@@ -175,7 +175,7 @@ def _check_tensors(adapter: Adapter, expected: Mapping[str, tuple[int, int]]) ->
 
 
 def apply_adapter(model: nn.Module, adapter: Adapter, base_fingerprint: str, *, allow_other_base=False) -> nn.Module:
-    """Attach the adapter to a bare RWKV7, in place; returns the model. Switch it with lora.layers.strength.
+    """Attach the adapter to a bare model, in place; returns the model. Switch it with lora.layers.strength.
 
     base_fingerprint: model.fingerprint() of the file that the model came from. Raises AdapterError for another base
     and for keys that do not fit; the model is untouched then.

@@ -2,8 +2,8 @@
 
 from .checkpoint import fingerprint, load_model, load_weights, save_weights
 from .init import init_weights
-from .rwkv7 import RWKV7, State
+from .rwkv import RWKV, State
 from .shape import PUBLISHED, PUBLISHED_OLDER, Shape, read_shape
 
-__all__ = ["PUBLISHED", "PUBLISHED_OLDER", "RWKV7", "Shape", "State", "fingerprint", "init_weights", "load_model",
+__all__ = ["PUBLISHED", "PUBLISHED_OLDER", "RWKV", "Shape", "State", "fingerprint", "init_weights", "load_model",
            "load_weights", "read_shape", "save_weights"]

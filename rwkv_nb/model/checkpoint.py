@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..runs import write_with
-from .rwkv7 import RWKV7
-from .shape import NAMES, Shape, read_shape
+from .rwkv import RWKV
+from .shape import Shape, read_shape
 
 
 def load_weights(path: str | Path) -> dict[str, Tensor]:
@@ -63,18 +63,15 @@ def check_keys(weights: Mapping[str, Tensor], shape: Shape, where="") -> None:
                               where=where, fix="use a whole, unchanged base model")
 
 
-def load_model(path: str | Path, *, device="cpu", dtype: torch.dtype | None = None) -> RWKV7:
+def load_model(path: str | Path, *, device="cpu", dtype: torch.dtype | None = None) -> RWKV:
     """The model in a .pth, its shape read from the file; dtype None keeps the file's.
 
-    Raises CheckpointError for damaged files, other versions, and keys that do not fit (all are named).
+    Raises CheckpointError for damaged files, versions to come, and keys that do not fit (all are named).
     """
     weights = load_weights(path)
     shape = read_shape(weights)
     check_keys(weights, shape, where=path)
-    if shape.version != "x070":
-        raise CheckpointError(f"{NAMES[shape.version]} ({shape.version}) cannot be run yet", where=path,
-                              fix="use an RWKV-7 (x070) base")
-    model = RWKV7(shape, device="meta")
+    model = RWKV(shape, device="meta")
     model.load_state_dict({k: v.to(device=device, dtype=dtype or v.dtype) for k, v in weights.items()},
                           strict=True, assign=True)
     return model

@@ -1,4 +1,4 @@
-"""Two of RWKV-7's pointwise steps with gradients written by hand: plain autograd would pass over memory twice as often.
+"""Two of RWKV's pointwise steps with gradients written by hand: plain autograd would pass over memory twice as often.
 
 Axes: B batch, T time, C channels.
 """
@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 def token_shift(x: Tensor, last: Tensor, *mixes: Tensor) -> tuple[Tensor, ...]:
     """x + (x' - x) ⊙ mix for each mix, where x' is each token's predecessor.
 
-    x [B,T,C], last [B,C] before its first token, mixes [1,1,C] → as many tensors [B,T,C].
+    x [B,T,C], last [B,C] before its first token, mixes [1,1,C] or [B,T,C] → as many tensors [B,T,C].
     """
     return _TokenShift.apply(x, last, *mixes)
 
@@ -29,8 +29,8 @@ class _TokenShift(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *grads):
         step_back, *mixes = ctx.saved_tensors
-        d_mixes = ((g * step_back).sum((0, 1), keepdim=True) if need else None
-                   for g, need in zip(grads, ctx.needs_input_grad[2:], strict=True))
+        d_mixes = ((g * step_back).sum_to_size(mix.shape) if need else None
+                   for g, mix, need in zip(grads, mixes, ctx.needs_input_grad[2:], strict=True))
         before = grads[0] * mixes[0]       # what goes to each token's predecessor ...
         for g, mix in zip(grads[1:], mixes[1:], strict=True):
             before.addcmul_(g, mix)

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from ..data.chat import prompt
 from ..generate import stream
 from ..lora.layers import strength
-from ..model import RWKV7
+from ..model import RWKV
 from .panel_html import error_html
 from .plots import COLOURS, GRID, INK
 
@@ -22,11 +22,11 @@ PAINT = 0.5  # seconds between two paints of an answer that is being written
 class StrengthSlider(widgets.VBox):
     """A question, a slider for the adapter's strength (0 to 1.5), and the answer: display(StrengthSlider(…)).
 
-    model: an RWKV7 with its adapter applied, used by nobody else meanwhile
+    model: a model with its adapter applied, used by nobody else meanwhile
     Each change writes a new answer on a thread of its own; one that is still being written is given up.
     """
 
-    def __init__(self, model: RWKV7, tokenizer, question: str, *, template: str = "chat", max_tokens: int = 80):
+    def __init__(self, model: RWKV, tokenizer, question: str, *, template: str = "chat", max_tokens: int = 80):
         self._model, self._tokenizer, self._template, self._max_tokens = model, tokenizer, template, max_tokens
         self._lock, self._request, self._thread = threading.Lock(), 0, None
         self.text = ""                     # the answer as far as it is written

@@ -18,7 +18,7 @@ from .. import config
 from ..config import LoraSettings
 from ..errors import RwkvNbError
 from ..lora.layers import adapter_parameters, attach
-from ..model import RWKV7, Shape
+from ..model import RWKV, Shape
 from ..runs import Run
 from .plots import COLOURS, GRID, INK, TICK, png
 
@@ -77,7 +77,7 @@ def lora_params(shape: Shape, lora: LoraSettings) -> int:
 
 def attached_params(shape: Shape, lora: LoraSettings) -> int:
     """The same, counted on a model that really got the adapter (on the meta device: sizes without numbers)."""
-    model = RWKV7(shape, device="meta")
+    model = RWKV(shape, device="meta")
     attach(model, lora, seed=0)
     return sum(p.numel() for p in adapter_parameters(model))
 

@@ -183,9 +183,9 @@ def race(variants: dict[str, tuple], rounds: int, warm_up: int = 2) -> dict[str,
 def make_inputs(folder: Path) -> None:
     """base.pth (bf16, as released models are) and one document of T + 1 tokens."""
     from rwkv_nb.data.binidx import write_binidx
-    from rwkv_nb.model import PUBLISHED, RWKV7, init_weights, save_weights
+    from rwkv_nb.model import PUBLISHED, RWKV, init_weights, save_weights
 
-    model = init_weights(RWKV7(PUBLISHED["0.1B"]))
+    model = init_weights(RWKV(PUBLISHED["0.1B"]))
     with torch.no_grad():
         for parameter in model.parameters():
             if not parameter.any():  # zeros would make gradients vanish, and some products with them

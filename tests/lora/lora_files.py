@@ -5,7 +5,7 @@ import torch
 from rwkv_nb.config import LoraSettings
 from rwkv_nb.lora.adapter import save_adapter
 from rwkv_nb.lora.layers import adapter_parameters, attach
-from rwkv_nb.model import RWKV7, Shape, fingerprint, init_weights, load_model, save_weights
+from rwkv_nb.model import RWKV, Shape, fingerprint, init_weights, load_model, save_weights
 
 LORA = LoraSettings(r=4, lora_alpha=12.0)
 
@@ -13,7 +13,7 @@ LORA = LoraSettings(r=4, lora_alpha=12.0)
 @torch.no_grad()
 def make_base(path, *, seed=0, dtype=torch.float32, n_layer=2, n_embd=64, vocab_size=257):
     """Write a random base; returns its path."""
-    model = init_weights(RWKV7(Shape(n_layer, n_embd, vocab_size, 16, 16, 16, 32, 4 * n_embd)), seed)
+    model = init_weights(RWKV(Shape(n_layer, n_embd, vocab_size, 16, 16, 16, 32, 4 * n_embd)), seed)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if name.endswith(("emb.weight", "output.weight", "ffn.value.weight")):

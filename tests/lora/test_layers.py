@@ -21,7 +21,7 @@ from rwkv_nb.lora.layers import (
     set_strength,
     strength,
 )
-from rwkv_nb.model import RWKV7, Shape, load_model
+from rwkv_nb.model import RWKV, Shape, load_model
 
 
 class Net(nn.Module):
@@ -261,7 +261,7 @@ def test_a_target_that_matches_nothing_is_answered_with_the_nearest_name(lively)
 
 
 def test_attach_counts_parameters_on_the_meta_device():
-    model = RWKV7(Shape(2, 128, 257, 16, 16, 16, 16, 512), device="meta")
+    model = RWKV(Shape(2, 128, 257, 16, 16, 16, 16, 512), device="meta")
     attach(model, LoraSettings(r=8), seed=0)
     counted = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert counted == 2 * 8 * (4 * (128 + 128) + 2 * (128 + 512))

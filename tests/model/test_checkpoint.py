@@ -10,15 +10,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rwkv_nb.errors import CheckpointError
-from rwkv_nb.model import RWKV7, Shape, fingerprint, init_weights, load_model, load_weights, read_shape, save_weights
+from rwkv_nb.model import RWKV, Shape, fingerprint, init_weights, load_model, load_weights, read_shape, save_weights
 
-TINY = Shape(2, 64, 257, 8, 6, 7, 9, 96)
-KEYS = list(TINY.key_shapes())
+TINY = {"x070": Shape(2, 64, 257, 8, 6, 7, 9, 96),
+        "x060": Shape(2, 64, 257, 8, 0, 0, 0, 96, version="x060", rank_mix=5),
+        "x052": Shape(2, 64, 257, 0, 0, 0, 0, 96, version="x052")}
+KEYS = [(version, key) for version, shape in TINY.items() for key in shape.key_shapes()]
 
 
 @pytest.fixture(scope="module")
-def weights():
-    return dict(init_weights(RWKV7(TINY), 1).state_dict())
+def of_version():
+    return {version: dict(init_weights(RWKV(shape), 1).state_dict()) for version, shape in TINY.items()}
+
+
+@pytest.fixture
+def weights(of_version):
+    return of_version["x070"]
 
 
 @pytest.fixture
@@ -55,11 +62,12 @@ def test_dtype_and_shape_come_from_the_file(save, weights):
     path = save({k: v.bfloat16() for k, v in weights.items()})
     assert load_model(path).emb.weight.dtype == torch.bfloat16
     model = load_model(path, dtype=torch.float32)
-    assert model.shape == TINY and {p.dtype for p in model.parameters()} == {torch.float32}
+    assert model.shape == TINY["x070"] and {p.dtype for p in model.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("key", KEYS)
-def test_each_missing_or_misshapen_key_is_named(save, weights, key):
+@pytest.mark.parametrize("version, key", KEYS)
+def test_each_missing_or_misshapen_key_is_named(save, of_version, version, key):
+    weights = of_version[version]
     assert key in refusal(save({k: v for k, v in weights.items() if k != key}))
     for other in (weights[key].flatten()[:-1], weights[key][None]):
         assert key in refusal(save({**weights, key: other}))
@@ -129,9 +137,9 @@ def test_absent_and_empty_files(tmp_path):
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["zip", "old"])
-def whole(request, weights, tmp_path_factory):
+def whole(request, of_version, tmp_path_factory):
     path = tmp_path_factory.mktemp("whole") / "model.pth"
-    torch.save(weights, path, _use_new_zipfile_serialization=request.param)
+    torch.save(of_version["x070"], path, _use_new_zipfile_serialization=request.param)
     assert zipfile.is_zipfile(path) == request.param
     return path
 

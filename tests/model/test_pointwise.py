@@ -11,7 +11,7 @@ def numbers(*shape):
 
 def test_token_shift():
     B, T, C = 2, 5, 3
-    x, last, mixes = numbers(B, T, C), numbers(B, C), [numbers(1, 1, C) for _ in range(3)]
+    x, last, mixes = numbers(B, T, C), numbers(B, C), [numbers(1, 1, C), numbers(1, 1, C), numbers(B, T, C)]
     assert torch.autograd.gradcheck(token_shift, (x, last, *mixes))
     before = torch.cat([last[:, None], x[:, :-1]], 1)
     for mixed, mix in zip(token_shift(x, last, *mixes), mixes, strict=True):

@@ -1,4 +1,4 @@
-"""The model's two forms agree, its blocks can be recomputed, and its logits are those of the `rwkv` package."""
+"""Of each version: two forms that agree, blocks that can be recomputed, and the logits of the `rwkv` package."""
 
 import os
 import subprocess
@@ -9,18 +9,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkv_nb.model import PUBLISHED, RWKV7, State, load_model, save_weights
+from rwkv_nb.model import PUBLISHED, RWKV, State, load_model, save_weights
 
 PACKAGE = """
 import sys, torch
 from rwkv.model import RWKV
 torch.set_num_threads(2)
 for path in sys.argv[1:]:
-    model = RWKV(model=path.removesuffix(".pth"), strategy="cpu fp32")
+    model = RWKV(model=path + ".wide", strategy="cpu fp32")
     logits, state = model.forward(torch.load(path + ".tokens")[0].tolist(), None, full_output=True)
     step, _ = model.forward([5], state)
     torch.save((logits, step), path + ".logits")
 """
+
+
+VERSIONS = ("x070", "x060", "x052")
 
 
 def tokens(B, T, V=257):
@@ -61,8 +64,9 @@ def test_forms_agree_at_any_small_shape(lively, data):
         return data.draw(st.sampled_from(choices))
 
     N, H, L, V, T = draw(16, 32, 64), draw(1, 2, 3), draw(1, 2), draw(3, 70), data.draw(st.integers(1, 20))
-    model = lively(n_layer=L, n_embd=N * H, head_size=N, vocab_size=V, rank_w=draw(1, 8), rank_a=draw(1, 5),
-                   rank_v=draw(1, 7), rank_g=draw(1, 9), ffn_dim=draw(16, 100), rank_v_layer0=draw(0, 7))
+    model = lively(draw(*VERSIONS), n_layer=L, n_embd=N * H, head_size=N, vocab_size=V, rank_w=draw(1, 8),
+                   rank_a=draw(1, 5), rank_v=draw(1, 7), rank_g=draw(1, 9), ffn_dim=draw(16, 100),
+                   rank_v_layer0=draw(0, 7), rank_mix=draw(1, 6))
     x = tokens(2, T, V)
     whole, state = model(x)
     logits, last = by_pieces(model, x, [1] * T, "torch")
@@ -91,9 +95,10 @@ def test_the_future_does_not_change_the_past(model):
     assert (a[:, 20:] - b[:, 20:]).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_recomputing_blocks_changes_nothing(lively, dtype):
-    model, x = lively().to(dtype), tokens(2, 33)
+def test_recomputing_blocks_changes_nothing(lively, version, dtype):
+    model, x = lively(version).to(dtype), tokens(2, 33)
 
     def gradients(**how):
         model.zero_grad()
@@ -114,13 +119,27 @@ def test_gradients_reach_the_state(model):
     assert all(part.grad.abs().amax(dim=tuple(range(1, part.dim()))).min() > 0 for part in state)
 
 
-def test_logits_are_the_rwkv_packages(tmp_path, lively):
+@pytest.mark.parametrize("version", VERSIONS)
+@torch.inference_mode()
+def test_bf16_is_near_fp32(lively, version):
+    model, x = lively(version), tokens(2, 70)
+    exact = model(x)[0]
+    rounded, state = model.bfloat16()(x)
+    assert rounded.dtype == torch.bfloat16 and state.wkv.dtype == torch.float32
+    assert (rounded.float() - exact).norm() / exact.norm() < 0.05
+    assert (by_pieces(model, x, [1, 40, 29], "auto")[0].float() - rounded.float()).norm() / exact.norm() < 0.03
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_logits_are_the_rwkv_packages(tmp_path, lively, version):
     stored = {tmp_path / "a.pth": (torch.float32, 0), tmp_path / "b.pth": (torch.float16, 16),
               tmp_path / "c.pth": (torch.bfloat16, 0)}
     for path, (dtype, layer0) in stored.items():
-        save_weights(path, lively(rank_v_layer0=layer0).to(dtype).state_dict())
+        weights = lively(version, rank_v_layer0=layer0).to(dtype).state_dict()
+        save_weights(path, weights)
+        save_weights(f"{path}.wide.pth", {k: v.float() for k, v in weights.items()})  # v6, v5: it rounds ln0 as stored
         torch.save(tokens(1, 90), f"{path}.tokens")
-    environment = {**os.environ, "RWKV_V7_ON": "1", "RWKV_JIT_ON": "0", "RWKV_CUDA_ON": "0"}
+    environment = {**os.environ, "RWKV_V7_ON": str(int(version == "x070")), "RWKV_JIT_ON": "0", "RWKV_CUDA_ON": "0"}
     subprocess.run([sys.executable, "-c", PACKAGE, *stored], check=True, env=environment, capture_output=True)
     for path in stored:
         theirs, their_step = torch.load(f"{path}.logits")
@@ -128,7 +147,7 @@ def test_logits_are_the_rwkv_packages(tmp_path, lively):
             ours = load_model(path, dtype=torch.float32)
             logits, state = ours(torch.load(f"{path}.tokens"))
             step, _ = ours(torch.tensor([[5]]), state)
-        assert theirs.std() > 0.3
+        assert theirs.std() > 0.3 and ours.shape.version == version
         torch.testing.assert_close(logits[0], theirs, atol=1e-4, rtol=0)
         torch.testing.assert_close(step[0, 0], their_step, atol=1e-4, rtol=0)
 
@@ -137,4 +156,4 @@ def test_logits_are_the_rwkv_packages(tmp_path, lively):
                                             ("2.9B", 2_947_735_040)])
 def test_known_totals(size, expected):
     assert PUBLISHED[size].n_params() == expected
-    assert sum(p.numel() for p in RWKV7(PUBLISHED[size], device="meta").parameters()) == expected
+    assert sum(p.numel() for p in RWKV(PUBLISHED[size], device="meta").parameters()) == expected

@@ -1,0 +1,40 @@
+"""What the versions' time mixes and channel mixes are made of.
+
+Axes: B batch, T time, C channels, H heads, N head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+LN_X_EPS = 64e-5  # the published 1e-5 times the squared divisor 8: RWKV-5's norm of x / 8 is the same
+
+
+class Part(nn.Module):
+    """A module whose parameters, linears and ln_x are those that the checkpoint's keys name (Shape.att_keys)."""
+
+    def __init__(self, keys: Mapping[str, tuple[int, ...]], n_head: int, **on):
+        super().__init__()
+        for key, size in keys.items():
+            name, _, kind = key.partition(".")
+            if not kind:
+                self.register_parameter(name, nn.Parameter(torch.empty(size, **on)))
+            elif len(size) == 2:
+                setattr(self, name, nn.Linear(size[1], size[0], bias=False, **on))
+            elif kind == "weight":
+                setattr(self, name, nn.GroupNorm(n_head, size[0], eps=LN_X_EPS, **on))
+        self.n_head = n_head
+
+    def heads(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """[B,T,C] → [B,T,H,N], each."""
+        return tuple(rearrange(x, "B T (H N) -> B T H N", H=self.n_head) for x in tensors)
+
+    def norm(self, y: Tensor) -> Tensor:
+        """ln_x of y [B,T,H,N]: a group norm over each head is a layer norm over its channels, several times faster."""
+        weight, bias = (rearrange(p, "(H N) -> H N", H=self.n_head) for p in (self.ln_x.weight, self.ln_x.bias))
+        return torch.addcmul(bias, F.layer_norm(y, y.shape[-1:], eps=self.ln_x.eps), weight)

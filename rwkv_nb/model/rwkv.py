@@ -1,0 +1,96 @@
+"""The model around the versions' blocks: parameter names are the checkpoint's keys.
+
+One forward serves as training form (a whole sequence) and as RNN form (token by token from a state).
+Axes: B batch, T time, C channels, H heads, N head size, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from . import rwkv5, rwkv6, rwkv7
+from .shape import Shape
+
+PARTS = {"x070": rwkv7, "x060": rwkv6, "x052": rwkv5}
+
+
+class State(NamedTuple):
+    """All that the model remembers of a text."""
+
+    att_x: Tensor  # [L, B, C] last input of each time mix
+    wkv: Tensor    # [L, B, H, N, N] fp32, value channels by key channels
+    ffn_x: Tensor  # [L, B, C] last input of each channel mix
+
+
+class Block(nn.Module):
+    """Time mix and channel mix, each behind a layer norm and beside a residual."""
+
+    def __init__(self, shape: Shape, layer: int, **on):
+        super().__init__()
+        parts, self.first = PARTS[shape.version], layer == 0
+        self.ln1 = nn.LayerNorm(shape.n_embd, **on)
+        self.ln2 = nn.LayerNorm(shape.n_embd, **on)
+        if self.first:
+            self.ln0 = nn.LayerNorm(shape.n_embd, **on)
+        self.att = parts.TimeMix(shape.att_keys(layer), shape.n_head, **on)
+        self.ffn = parts.ChannelMix(shape.ffn_keys(), shape.n_head, **on)
+
+    def forward(self, x, v_first, att_x, wkv, ffn_x, op):
+        """x [B,T,C] and this layer's part of a State → x, v_first and the new part of the State.
+
+        v_first [B,T,C] is what RWKV-7's block 0 hands on to the others; None before it, and in other versions.
+        """
+        if self.first:
+            x = self.ln0(x)
+        z = self.ln1(x)
+        y, v_first, wkv = self.att(z, v_first, att_x, wkv, op)
+        x, att_x = x + y, z[:, -1]
+        z = self.ln2(x)
+        return x + self.ffn(z, ffn_x), v_first, att_x, wkv, z[:, -1]
+
+
+class RWKV(nn.Module):
+    """The model of a shape, its version too. Parameters are empty until loaded (.checkpoint) or initialised (.init)."""
+
+    def __init__(self, shape: Shape, device=None, dtype=None):
+        super().__init__()
+        on = {"device": device, "dtype": dtype}
+        self.shape = shape
+        self.emb = nn.Embedding(shape.vocab_size, shape.n_embd, _weight=torch.empty(
+            shape.vocab_size, shape.n_embd, **on))
+        self.blocks = nn.ModuleList(Block(shape, i, **on) for i in range(shape.n_layer))
+        self.ln_out = nn.LayerNorm(shape.n_embd, **on)
+        self.head = nn.Linear(shape.n_embd, shape.vocab_size, bias=False, **on)
+
+    def zero_state(self, batch: int) -> State:
+        """The state before any text, for B = batch."""
+        s, weight = self.shape, self.ln_out.weight
+        x = weight.new_zeros(s.n_layer, batch, s.n_embd)
+        wkv = torch.zeros(s.n_layer, batch, s.n_head, s.head_size, s.head_size, device=weight.device)
+        return State(x, wkv, x)
+
+    def hidden(self, tokens: Tensor, state: State | None = None, *, op="auto", grad_cp=False) -> tuple[Tensor, State]:
+        """tokens int64 [B,T] → hidden [B,T,C] behind ln_out, and the state after the last token.
+
+        state None starts a text. grad_cp recomputes each block in backward (Chen et al. 2016, arXiv 1604.06174).
+        """
+        x, v_first = self.emb(tokens), None
+        state = state or self.zero_state(tokens.shape[0])
+        after = []
+        for block, *before in zip(self.blocks, *state, strict=True):
+            if grad_cp and torch.is_grad_enabled():
+                out = checkpoint(block, x, v_first, *before, op, use_reentrant=False, preserve_rng_state=False)
+            else:
+                out = block(x, v_first, *before, op)
+            x, v_first = out[:2]
+            after.append(out[2:])
+        return self.ln_out(x), State(*(torch.stack(part) for part in zip(*after, strict=True)))
+
+    def forward(self, tokens: Tensor, state: State | None = None, *, op="auto") -> tuple[Tensor, State]:
+        """tokens int64 [B,T] → logits [B,T,V], state."""
+        x, state = self.hidden(tokens, state, op=op)
+        return self.head(x), state
