@@ -81,7 +81,8 @@ def _run(model: RWKV, rows: list[_Row], temperature: float, top_p: float, op: st
     """
     device = model.emb.weight.device
     # One step of the chunked form is the definition with more work around it.
-    step_op = "torch" if pick_op(op, device, model.emb.weight.dtype) == "chunked" else op
+    picked = pick_op(op, device, model.emb.weight.dtype, model.shape.generation)
+    step_op = "torch" if picked == "chunked" else op
     with eval_mode(model):
         fed, state = min(len(row.prompt) for row in rows), None
         for start in range(0, fed, PREFILL):

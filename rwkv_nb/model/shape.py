@@ -40,6 +40,11 @@ class Shape:
     def n_head(self) -> int:
         return self.n_embd // self.head_size
 
+    @property
+    def generation(self) -> int:
+        """7, 6 or 5: which WKV operator it needs."""
+        return int(self.version[2])
+
     def key_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every checkpoint key with its tensor's shape, in the order of a released file."""
         C, V = self.n_embd, self.vocab_size

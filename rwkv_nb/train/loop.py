@@ -92,7 +92,7 @@ class Trainer:
         check_shape(t, self.model.shape)
         self.base = fingerprint(t.load_model)
         self.tokenizer = get_tokenizer(settings.data.tokenizer, self.model.shape.vocab_size)
-        self.op = pick_op(t.op, self.device, DTYPES[t.precision])
+        self.op = pick_op(t.op, self.device, DTYPES[t.precision], self.model.shape.generation)
         attach(self.model, settings.lora, t.random_seed)
         self.model.train()
         self.parameters = list(adapter_parameters(self.model))
