@@ -10,7 +10,6 @@
 #include "wkv_tiles.h"
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
-#include <optional>
 #include <tuple>
 #include <utility>
 
@@ -18,7 +17,6 @@ namespace rwkv_nb {
 namespace {
 
 using at::Tensor;
-using OptTensor = std::optional<Tensor>;
 
 struct Inputs {
   Sequence r, w, k, v, a, b;
@@ -30,10 +28,6 @@ struct Inputs {
       : r(r), w(w), k(k), v(v), a(a), b(b), B(r.size(0)), T(r.size(1)), H(r.size(2)), N(r.size(3)),
         tiles(tiles_of(N)), state(s ? OptTensor(s->contiguous()) : s) {}
 };
-
-const float* head_of(const OptTensor& state, int64_t bh, int64_t N) {
-  return state ? state->const_data_ptr<float>() + bh * N * N : nullptr;
-}
 
 // One step of a value tile, forward or backward in time:
 //   X = X·decay + p·beta + u·kappa;   out = Σ_k X·rho;   p = Σ_k X·alpha, for the next step

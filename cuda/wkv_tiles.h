@@ -12,6 +12,7 @@
 #include <c10/util/Half.h>
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 #include <type_traits>
 #include <vector>
 
@@ -67,11 +68,23 @@ struct Rows {
   Tile& tile(int64_t t, int64_t j) { return data[t * tiles + j]; }
 };
 
-// Raw decay inputs to decays, tiles first..last.
+// Raw decay inputs to decays, tiles first..last. Near 1, a decay's rounding would be the same at every step and add
+// up over thousands of them; so what the rounding of one step loses, the next step of the chunk makes good.
 inline void to_decay(Rows& decay, Rows& w, int64_t steps, int64_t first, int64_t last) {
-  for (int64_t t = 0; t < steps; ++t)
-    for (int64_t j = first; j < last; ++j)
-      for (int i = 0; i < 2; ++i) decay.tile(t, j).x[i] = exp_vec(-decay_rate(w.tile(t, j).x[i]));
+  for (int64_t j = first; j < last; ++j)
+    for (int i = 0; i < 2; ++i) {
+      Vec lost{};
+      for (int64_t t = 0; t < steps; ++t) {
+        const Vec e = decay_rate(w.tile(t, j).x[i]);
+        Vec fall = 1.0f - e / 7;  // 1 - exp(-e) for small e
+        for (float c : {1.0f / 6, 1.0f / 5, 0.25f, 1.0f / 3, 0.5f}) fall = 1.0f - e * c * fall;
+        fall = e * fall + lost;
+        const Vec near = 1.0f - fall;
+        const auto small = e < 0.25f;
+        lost = small ? fall - (1.0f - near) : Vec{};
+        decay.tile(t, j).x[i] = small ? near : e > 87.0f ? Vec{} : exp_vec(-e);
+      }
+    }
 }
 
 // A tensor [B,T,H,N] of float, bfloat16 or half with any strides but the last, which is made 1. Its rows are copied
@@ -131,6 +144,12 @@ class Sequence {
   char* data_;
   int64_t T_, H_, N_, size_, stride_b_, stride_t_, stride_h_;
 };
+
+using OptTensor = std::optional<at::Tensor>;
+
+inline const float* head_of(const OptTensor& state, int64_t bh, int64_t N) {
+  return state ? state->const_data_ptr<float>() + bh * N * N : nullptr;
+}
 
 // A state [V,K] (null: zeros) to the value tiles X[tile][key], and back.
 inline void load_values(Tiles& X, const float* state, int64_t N, int64_t first, int64_t last) {

@@ -26,7 +26,7 @@ class _Op(NamedTuple):
 
 
 _TABLE = {  # the fastest first: "auto" takes the first that works
-    "cpu": _Op({7: kernels.wkv7_kernel}, "cpu", kernels.load),
+    "cpu": _Op({v: functools.partial(kernels.run, f"wkv{v}") for v in (7, 6, 5)}, "cpu", kernels.load),
     "chunked": _Op({7: reference.wkv7_chunked, 6: reference.wkv6_chunked, 5: reference.wkv5_chunked}),
     "torch": _Op({7: reference.wkv7_steps, 6: reference.wkv6_steps, 5: reference.wkv5_steps}),
 }

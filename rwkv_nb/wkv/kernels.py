@@ -1,4 +1,8 @@
-"""The compiled kernels as torch operators: shapes for torch.compile, and gradients. Sources: cuda/."""
+"""The compiled kernels as torch operators: shapes for torch.compile, and gradients. Sources: cuda/.
+
+Every version's operator is wkvX(*inputs, state, save) -> (y, last state, what backward needs) with a
+wkvX_backward(*inputs, state, saved, dy, dlast) -> (gradients of the inputs, of the state).
+"""
 
 from __future__ import annotations
 
@@ -12,11 +16,13 @@ from .build import load_cpu_kernels
 _lock = threading.Lock()
 
 
-def wkv7_kernel(r, w, k, v, a, b, state=None):
-    """WKV-7 by the compiled kernel of r's device. Shapes and results as `wkv7`; `load` comes first."""
-    inputs = (r, w, k, v, a, b, None if state is None else state.float())
+def run(name, *inputs):
+    """One operator of torch.ops.rwkv_nb by its name ("wkv7"); `inputs` and results as of `wkv7` and its like, the
+    state, or None, last. `load` comes first."""
+    *inputs, state = inputs
+    inputs = (*inputs, None if state is None else state.float())
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    y, last, _ = torch.ops.rwkv_nb.wkv7(*inputs, save)
+    y, last, _ = getattr(torch.ops.rwkv_nb, name)(*inputs, save)
     return y, last
 
 
@@ -33,20 +39,22 @@ def load() -> None:
 @functools.cache
 def _load_once() -> None:
     load_cpu_kernels()
-    torch.library.register_fake("rwkv_nb::wkv7", _fake)
-    torch.library.register_fake("rwkv_nb::wkv7_backward", _fake_backward)
-    torch.library.register_autograd("rwkv_nb::wkv7", _backward, setup_context=_setup)
+    for name in ("wkv7", "wkv6", "wkv5"):
+        torch.library.register_fake(f"rwkv_nb::{name}", functools.partial(_fake, saves=name == "wkv7"))
+        torch.library.register_fake(f"rwkv_nb::{name}_backward", _fake_backward)
+        torch.library.register_autograd(f"rwkv_nb::{name}", functools.partial(_backward, name), setup_context=_setup)
 
 
-def _fake(r, w, k, v, a, b, state, save):
+def _fake(r, *others, saves):
     B, T, H, N = r.shape
     last = r.new_empty(B, H, N, N, dtype=torch.float32)
-    return r.new_empty(r.shape), last, last.new_empty(B, T if save else 0, H, N)
+    return r.new_empty(r.shape), last, last.new_empty(B, T if saves and others[-1] else 0, H, N)
 
 
-def _fake_backward(r, w, k, v, a, b, state, sa, dy, dlast):
-    B, T, H, N = r.shape
-    return *(x.new_empty(r.shape) for x in (r, w, k, v, a, b)), sa.new_empty(B if state is not None else 0, H, N, N)
+def _fake_backward(*args):
+    *inputs, state, saved, _dy, _dlast = args
+    B, _, H, N = inputs[0].shape
+    return *(x.new_empty(x.shape) for x in inputs), saved.new_empty(B if state is not None else 0, H, N, N)
 
 
 def _setup(ctx, inputs, output):
@@ -55,9 +63,9 @@ def _setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dy, dlast, _dsa):
-    *inputs, sa = ctx.saved_tensors
+def _backward(name, ctx, dy, dlast, _dsaved):
+    *inputs, state, saved = ctx.saved_tensors
     if dy is None and dlast is None:
-        return (None,) * 8
-    grads = torch.ops.rwkv_nb.wkv7_backward(*inputs, sa, dy, dlast)
-    return *grads[:6], grads[6] if inputs[6] is not None else None, None
+        return (None,) * (len(inputs) + 2)
+    *grads, dstate = getattr(torch.ops.rwkv_nb, f"{name}_backward")(*inputs, state, saved, dy, dlast)
+    return *grads, dstate if state is not None else None, None
