@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import signal
 import sys
 import time
 from pathlib import Path
@@ -144,6 +145,7 @@ def _train(arguments) -> int:
 
     run, settings = settings_from(flags_of(arguments))
     session = TrainSession(run, settings, start=arguments.start).start()
+    before = signal.signal(signal.SIGTERM, lambda *_: session.stop())  # how a cluster says that time is up
     shown, said = 0.0, 0
     try:
         while not (now := session.snapshot()).done:
@@ -156,6 +158,7 @@ def _train(arguments) -> int:
         print("\nstopping: saving what there is …", file=sys.stderr)
         session.stop()
     end = session.join()
+    signal.signal(signal.SIGTERM, before)
     _say(end, said)
     print(f"{_progress(end)}\n{end.status}; the run is in {run.folder}")
     return 0

@@ -100,6 +100,8 @@ class LiveSettings:
                              unit="optimizer steps", low=1)
     save_every: int = _option(0, "an adapter is also saved once in this many steps; 0 only at epochs",
                               "每多少步额外保存一次;0 为只在轮次结束时保存", unit="optimizer steps", low=0)
+    eval_every: int = _option(0, "the held-out loss is measured once in this many steps; 0 at the end of each epoch",
+                              "每多少步在留出数据上评估一次;0 为每轮结束时", unit="optimizer steps", low=0)
     sample_every: int = _option(0, "the prompts are also answered once in this many steps; 0 only at saves",
                                 "每多少步回答一次示例问题;0 为只在保存时", unit="optimizer steps", low=0)
 
@@ -158,6 +160,11 @@ class TrainSettings:
     random_seed: int = _option(42, "seed of the order, the initial adapter and dropout", "随机种子", low=0)
     merge: int = _option(1, "1 writes rwkv-{epoch}.pth, the complete merged model, at each save",
                          "1 表示每次保存时同时写出合并后的完整模型", choices=(0, 1))
+    eval_file: str = _option("", "held-out data, of data_file's kind, in place of a share of it (heldout): its loss "
+                             "is measured while training, and the adapter with the lowest is kept as adapter-best",
+                             "留出数据文件(代替 heldout):训练中评估,并保留损失最低的 LoRA")
+    early_stop: int = _option(0, "stop after this many evaluations without a lower held-out loss; 0 never",
+                              "多少次评估没有改善就提前停止;0 为不停止", unit="evaluations", low=0)
     spike_factor: float = _option(0.0, "a loss beyond this many times the median of the last 50 steps is a spike; 0 "
                                   "looks only for what is not a number",
                                   "损失超过最近 50 步中位数的多少倍视为突跳;0 为只检查 NaN", low=0)

@@ -82,6 +82,11 @@ class Run:
         return self.folder / "train_log.txt"
 
     @property
+    def started_file(self) -> Path:
+        """started.json: settings, data, base and versions as the run began."""
+        return self.folder / "started.json"
+
+    @property
     def checkpoint_file(self) -> Path:
         return self.folder / "checkpoint.pt"
 
@@ -141,7 +146,8 @@ class Run:
 
     def set_aside(self) -> Path | None:
         """Move what an earlier run left to previous-N/; settings.json stays. Returns that folder, or None."""
-        named = ("metrics.jsonl", "train_log.txt", "checkpoint.pt", "merged.pth", "score.json", "loss.png")
+        named = ("metrics.jsonl", "train_log.txt", "checkpoint.pt", "started.json", "merged.pth", "score.json",
+                 "loss.png")
         products = [*self.adapters(), *self.folder.glob("rwkv-*.pth"), *(self.folder / name for name in named)]
         products = [p for p in products if p.exists()]
         if not products:

@@ -10,14 +10,19 @@ from pathlib import Path
 
 from .. import config
 from ..errors import RunError
+from ..extras import extra
 from ..runs import Run
 
 
 class Logs:
-    """Appends to both files; sizes() and cut() let a resumed run drop what came after its checkpoint."""
+    """Appends to both files; sizes() and cut() let a resumed run drop what came after its checkpoint.
 
-    def __init__(self, run: Run):
+    write=False keeps silent, for all processes of a run but the first. wandb: a project that gets the rows too.
+    """
+
+    def __init__(self, run: Run, *, write: bool = True, wandb: str = ""):
         self._files = {"metrics": run.metrics_file, "train_log": run.log_file}
+        self._write, self._wandb = write, _open_wandb(wandb, run) if write and wandb else None
 
     def new_run(self, settings: config.Settings) -> None:
         """Head of a new run in train_log.txt."""
@@ -26,6 +31,8 @@ class Logs:
     def row(self, row: dict) -> None:
         """One line of metrics.jsonl: a step's figures, or an event such as a changed setting."""
         self._append("metrics", json.dumps(row, ensure_ascii=False) + "\n")
+        if self._wandb:
+            self._wandb.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
 
     def epoch(self, epoch: int, loss: float, lr: float) -> None:
         """One line of train_log.txt: epoch, mean loss, perplexity, learning rate, time, epoch."""
@@ -44,6 +51,8 @@ class Logs:
                 os.truncate(path, size)
 
     def _append(self, name: str, text: str) -> None:
+        if not self._write:
+            return
         path: Path = self._files[name]
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,3 +61,9 @@ class Logs:
         except OSError as error:
             raise RunError(f"could not write ({error.strerror or error})", where=path,
                            fix="free some disk space, then resume: the last checkpoint is whole") from error
+
+
+def _open_wandb(project: str, run: Run):
+    wandb = extra("wandb", "wandb")
+    online = {} if wandb.api.api_key else {"mode": "offline"}   # without an account the files stay in the run's folder
+    return wandb.init(project=project, name=run.name, id=run.name, resume="allow", dir=run.folder, **online)

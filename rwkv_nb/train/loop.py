@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import importlib.metadata
 import math
+import platform
 import resource
 import shutil
 import statistics
@@ -19,10 +21,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .. import __version__
 from ..config import LiveSettings, Settings, TrainSettings, check
 from ..data.batches import Batch, Batches
-from ..data.sources import open_documents
+from ..data.sources import open_documents, open_split
 from ..errors import SettingsError, TrainingError
+from ..evaluate import text_loss
 from ..lora.adapter import adapter_tensors, save_adapter, set_adapter_tensors
 from ..lora.layers import adapter_parameters, attach, set_dropout_step, set_strength
 from ..lora.merge import merge
@@ -33,6 +37,7 @@ from ..wkv import pick_op
 from .checkpoint import Checkpoint
 from .log import Logs
 from .loss import head_loss
+from .ranks import Ranks
 from .schedule import learning_rate
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -42,12 +47,13 @@ _NOT_A_NUMBER = ("the last checkpoint is good: resume with a lower lr_init or a 
                  "with precision bf16 or fp16, try fp32; on_spike=skip leaves such steps out")
 
 
-def pick_device(accelerator: str) -> torch.device:
-    """auto takes a GPU where there is one. Raises SettingsError for a gpu that is not there."""
+def pick_device(accelerator: str, number: int = 0) -> torch.device:
+    """auto takes the GPU of that number where there is one. Raises SettingsError for a gpu that is not there."""
     if accelerator == "gpu" and not torch.cuda.is_available():
         raise SettingsError("there is no GPU that torch can use", where="accelerator",
                             fix="set accelerator to cpu or auto; 00_check says what is missing")
-    return torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
+    gpu = accelerator != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda", number) if gpu else torch.device("cpu")
 
 
 def check_shape(t: TrainSettings, shape: Shape) -> None:
@@ -75,14 +81,15 @@ class Trainer:
     SettingsError for what cannot be trained. `notices` tells what a person should know before the run.
     """
 
-    def __init__(self, run: Run, settings: Settings):
+    def __init__(self, run: Run, settings: Settings, ranks: Ranks | None = None):
         check(settings)
         t = settings.train
         for name, value in (("load_model", t.load_model), ("data_file", settings.data.data_file or
                                                            settings.data.data_type == "dummy")):
             if not value:
                 raise SettingsError(f"{name} is not given", where=name, fix="set it, or run 01_prepare_data first")
-        self.run, self.settings, self.device = run, settings, pick_device(t.accelerator)
+        self.run, self.settings, self.ranks = run, settings, ranks or Ranks()
+        self.device = pick_device(t.accelerator, self.ranks.local)
         if self.device.type == "cpu":
             keep_freed_memory()
         if t.precision == "tf32" and self.device.type == "cpu":
@@ -98,12 +105,16 @@ class Trainer:
         self.parameters = list(adapter_parameters(self.model))
         self.optimizer = torch.optim.AdamW(self.parameters, lr=t.live.lr_init, betas=(t.beta1, t.beta2),
                                            eps=t.adam_eps, weight_decay=t.weight_decay, fused=True)
-        self.documents = open_documents(settings.data, self.tokenizer)
+        self.documents, self.heldout = open_split(settings.data, self.tokenizer)
+        if t.eval_file:
+            apart = dataclasses.replace(settings.data, data_file=t.eval_file, heldout=0.0, repeat=1.0, mix_file="")
+            self.heldout = open_documents(apart, self.tokenizer)
         self.batches = Batches(
             self.documents, ctx_len=settings.data.ctx_len, micro_bsz=t.micro_bsz,
             accumulate=t.live.accumulate_grad_batches, seed=t.random_seed, epoch_steps=t.epoch_steps,
-            device=self.device, dataload=settings.data.dataload)
-        self.logs, self.step, self.epoch_loss = Logs(run), 0, [0.0, 0]
+            device=self.device, dataload=settings.data.dataload, rank=self.ranks.rank, world_size=self.ranks.size)
+        self.logs = Logs(run, write=not self.ranks.rank, wandb=t.wandb)
+        self.step, self.epoch_loss = 0, [0.0, 0]
         self._scale, self._good = LARGEST_SCALE if t.precision == "fp16" else 1.0, 0
         self._losses, self._skips = deque(maxlen=SPIKE_WINDOW), 0
         self._stand()
@@ -126,6 +137,18 @@ class Trainer:
     def notices(self) -> list[str]:
         """What a person should know before the run, a sentence each."""
         return [*self.batches.notices(), self._disk_notice()]
+
+    def heldout_loss(self) -> float:
+        """Mean cross-entropy over the held-out documents, nats per trained token."""
+        return text_loss(self.model, self.heldout, op=self.op)
+
+    def description(self) -> dict:
+        """What this run is made of, for started.json: settings, data, base, versions."""
+        versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "pyrwkv-tokenizer")}
+        return {"settings": dataclasses.asdict(self.settings), "base": self.base, "data": self.batches.state(),
+                "op": self.op, "device": str(self.device), "processes": self.ranks.size,
+                "threads": torch.get_num_threads(),
+                "versions": {"rwkv_nb": __version__, "python": platform.python_version(), **versions}}
 
     def _disk_notice(self) -> str:
         t = self.settings.train
@@ -151,7 +174,8 @@ class Trainer:
         self.batches.accumulate(live.accumulate_grad_batches)
         self._stand()
         micro_batches = self.batches.next_step()
-        n_trained = sum(int(batch.mask.sum()) for batch in micro_batches)
+        mine = [(int(batch.mask.sum()), batch.inputs.numel()) for batch in micro_batches]
+        n_trained, tokens = map(sum, zip(*(n for rank in self.ranks.ask(mine) for n in rank), strict=True))
         ce_sum, norm = self._gradients(micro_batches, n_trained, live)
         loss, lr = ce_sum / max(n_trained, 1), learning_rate(self.step, self.total_steps, t)
         fault = self._fault(loss, norm)
@@ -170,7 +194,6 @@ class Trainer:
         self._stand()
         if fault:
             return {"step": self.step, "event": "skip", "why": fault, "lr": lr}
-        tokens = sum(batch.inputs.numel() for batch in micro_batches)
         return {"step": self.step, "epoch": round(self.epoch + self.part_of_epoch, 4), "loss": loss, "lr": lr,
                 "grad_norm": norm, "tokens": n_trained,
                 "tokens_per_s": round(tokens / (time.perf_counter() - began), 1),
@@ -185,10 +208,13 @@ class Trainer:
         while True:
             ce = torch.zeros((), device=self.device)
             for micro, batch in enumerate(micro_batches):
-                set_dropout_step(self.model, self.settings.train.random_seed, self.step, micro, live.lora_dropout)
+                number = micro * self.ranks.size + self.ranks.rank
+                set_dropout_step(self.model, self.settings.train.random_seed, self.step, number, live.lora_dropout)
                 ce += self._backward(batch, n_trained)
-            for p in self.parameters if self._scale != 1 else ():
-                p.grad = p.grad if p.grad is None else p.grad.div_(self._scale)
+            grads = [p.grad for p in self.parameters if p.grad is not None]
+            self.ranks.add([*grads, ce])
+            for grad in grads if self._scale != 1 else ():
+                grad.div_(self._scale)
             norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, live.grad_clip or math.inf))
             ce = float(ce)
             if math.isfinite(norm) or self._scale == 1 or not math.isfinite(ce):

@@ -9,10 +9,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import json
+import math
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .. import config
@@ -20,9 +22,10 @@ from ..config import LiveSettings, Settings
 from ..errors import RunError, SettingsError
 from ..generate import generate
 from ..lora.layers import strength
-from ..runs import Run
+from ..runs import Run, write_text
 from .checkpoint import Checkpoint, differences, load_checkpoint
 from .loop import Trainer
+from .ranks import Ranks
 
 DONE = ("finished", "stopped", "failed")
 
@@ -35,6 +38,16 @@ class Sample:
     prompt: str
     base: str
     adapter: str
+
+
+@dataclass(frozen=True)
+class Orders:
+    """What the next step is to do, the same in every process of a run."""
+
+    live: LiveSettings
+    stop: bool
+    save: bool
+    hold: bool
 
 
 @dataclass(frozen=True)
@@ -67,10 +80,13 @@ class TrainSession:
     start:    "auto" goes on from an unfinished checkpoint of the same settings and else begins anew;
               "resume" insists on the checkpoint; "fresh" begins anew. What an earlier run left is moved to
               previous-N/ inside the folder, never overwritten.
+    planned:  changes of LiveSettings by the number of steps done before them
+    ranks:    the processes of this run; the first one decides and writes, see train.launch
     """
 
     def __init__(self, run: Run | str, settings: Settings | None = None, *, prompts: Sequence[str] = (),
-                 start: str = "auto", max_tokens: int = 60):
+                 start: str = "auto", max_tokens: int = 60, planned: Mapping[int, dict] | None = None,
+                 ranks: Ranks | None = None):
         if start not in ("auto", "resume", "fresh"):
             raise SettingsError(f"start cannot be {start!r}", where="start", fix="use auto, resume or fresh")
         self.run = run if isinstance(run, Run) else Run(run)
@@ -78,6 +94,7 @@ class TrainSession:
         config.check(self.settings)
         config.check_together(self.settings)
         self.prompts, self._start_from, self._max_tokens = tuple(prompts), start, max_tokens
+        self._planned, self.ranks = dict(planned or {}), ranks or Ranks()
         self.trainer: Trainer | None = None
         self._lock = threading.Lock()
         self._go = threading.Event()      # cleared while paused
@@ -94,6 +111,24 @@ class TrainSession:
         self._checkpoint_at = 0.0
         self._seconds: deque[float] = deque(maxlen=20)
         self._thread = threading.Thread(target=self._main, name="rwkv_nb training", daemon=True)
+
+    @classmethod
+    def replay(cls, run: Run | str, into: Run | str | None = None, **options) -> TrainSession:
+        """The same run once more with every change at its step, from its started.json and metrics.jsonl.
+
+        into: the new run's folder, by default `replay` inside the old one. On a CPU, with as many threads, its losses
+        are the same bit for bit. Raises RunError where nothing was started.
+        """
+        run, planned = run if isinstance(run, Run) else Run(run), {}
+        try:
+            began = config.from_dict(Settings, json.loads(run.started_file.read_text(encoding="utf-8"))["settings"])
+        except (OSError, ValueError, KeyError) as error:
+            raise RunError(f"this run cannot be replayed ({error})", where=run.started_file,
+                           fix="train it once; started.json is written then") from error
+        for row in run.metrics():
+            if row.get("event") == "change":
+                planned.setdefault(row["step"], {})[row["name"]] = row["to"]
+        return cls(into or run.folder / "replay", began, start="fresh", planned=planned, **options)
 
     # -- controls: callable from any thread ----------------------------------------------------------------------
 
@@ -180,7 +215,7 @@ class TrainSession:
 
     def _main(self) -> None:
         try:
-            with self.run.lock():
+            with contextlib.nullcontext() if self.ranks.rank else self.run.lock():
                 self._prepare()
                 status = self._train()
         except BaseException as error:  # whatever it is, the panel shows it and wait() raises it
@@ -189,17 +224,20 @@ class TrainSession:
         self._status = status
 
     def _prepare(self) -> None:
-        self.trainer = Trainer(self.run, self.settings)
-        saved = self._choose_start()
+        first = not self.ranks.rank
+        self.trainer = Trainer(self.run, self.settings, self.ranks)
+        saved = self.ranks.tell(self._choose_start() if first else None)
         with self._lock:
             self._notices += self.trainer.notices()
-            self._notices.append(f"operator: {self.trainer.op}, on {self.trainer.device}")
+            self._notices.append(f"operator: {self.trainer.op}, on {self.trainer.device}"
+                                 + (f", {self.ranks.size} processes" if self.ranks.size > 1 else ""))
         if saved:
             self.trainer.resume(saved)
             self._rows = self.run.metrics()
             self._restore_live(saved)
-        else:
+        elif first:
             self.run.save_settings(self.settings)
+            write_text(self.run.started_file, json.dumps(self.trainer.description(), indent=2, ensure_ascii=False))
             self.trainer.logs.new_run(self.settings)
         self._answer(0.0)
 
@@ -240,48 +278,80 @@ class TrainSession:
         trainer, self._status = self.trainer, "training"
         self._checkpoint_at = time.monotonic() + self.settings.train.checkpoint_seconds
         while trainer.step < trainer.total_steps:
-            self._hold_while_paused()
-            live, began = self._read_live(), time.monotonic()
-            if self._stop:
+            orders, began = self._orders(), time.monotonic()
+            live = orders.live
+            if orders.stop:
                 self._save_adapter(f"step-{trainer.step}")
                 self._checkpoint(live)
                 return "stopped"
             row = trainer.train_step(live, lambda live=live: self._checkpoint_if_due(live))
             with self._lock:              # snapshot() walks through them
                 self._seconds.append(time.monotonic() - began)
-            if "event" in row or trainer.step % live.log_every == 0 or trainer.step == trainer.total_steps:
+            if "event" in row or _due(live.log_every, trainer.step) or trainer.step == trainer.total_steps:
                 self._row(row)
             if trainer.epoch_ended:
                 trainer.end_epoch(row["lr"])
+            if _due(live.eval_every, trainer.step) if live.eval_every else trainer.epoch_ended:
+                self._evaluate()
             if trainer.save_due:
                 self._save_adapter(trainer.epoch)
-            elif self._save:
+            elif _due(live.save_every, trainer.step):
                 self._save_adapter(f"step-{trainer.step}")
+            elif _due(live.sample_every, trainer.step):
+                self._answer(1.0)
         self._checkpoint(self._read_live())
         return "finished"
+
+    def _orders(self) -> Orders:
+        """What every process does next; a pause lasts in here, so that all of them keep in touch."""
+        while True:
+            mine = self.ranks.ask(Orders(self._read_live(), self._stop, self._save, self.paused))
+            orders = dataclasses.replace(mine[0], stop=any(order.stop for order in mine))
+            if orders.save:
+                self._save_adapter(f"step-{self.trainer.step}")
+                if orders.hold:
+                    self._checkpoint(orders.live)
+            if orders.stop or not orders.hold:
+                self._status = "training"
+                return orders
+            self._status = "paused"
+            self._go.wait(0.1)
+
+    def _evaluate(self) -> None:
+        """Measure the held-out loss; keep the best adapter, warn where it turns up, stop where that was asked for."""
+        if self.ranks.rank or not self.trainer.heldout:
+            return
+        trainer, now = self.trainer, self.trainer.heldout_loss()
+        before = [row["heldout_loss"] for row in self._rows if row.get("event") == "eval"]
+        best = min(before, default=math.inf)
+        self._row({"step": trainer.step, "event": "eval", "heldout_loss": now})
+        if now < best:
+            self._save_adapter("best")
+            return
+        worse = len(before) - before.index(best)       # evaluations since the best one, this one with them
+        told = []
+        if worse == 2:
+            told.append(f"WARNING: the held-out loss has turned up: {best:.4f} at its best, {now:.4f} after step "
+                        f"{trainer.step}. From here on the adapter learns the training data by heart; adapter-best "
+                        "is the one to use")
+        if worse == self.settings.train.early_stop:
+            told.append(f"stopped early after step {trainer.step}: {worse} evaluations without a lower held-out loss")
+            self._stop = True
+        with self._lock:
+            self._notices += told
 
     def _checkpoint_if_due(self, live: LiveSettings) -> None:
         if time.monotonic() >= self._checkpoint_at:
             self._checkpoint(live)
 
     def _checkpoint(self, live: LiveSettings) -> None:
-        self.trainer.checkpoint(live).save(self.run)
+        if not self.ranks.rank:
+            self.trainer.checkpoint(live).save(self.run)
         self._checkpoint_at = time.monotonic() + self.settings.train.checkpoint_seconds
-
-    def _hold_while_paused(self) -> None:
-        if self._go.is_set():
-            return
-        self._status = "paused"
-        while not self._go.wait(0.1):
-            live = self._read_live()      # so that a change or the pause itself is logged while we hold
-            if self._save:
-                self._save_adapter(f"step-{self.trainer.step}")
-                self._checkpoint(live)
-                self._status = "paused"
-        self._status = "training"
 
     def _read_live(self) -> LiveSettings:
         """LiveSettings for the next step; events since the last one are written with the steps done so far."""
+        self.change(**self._planned.pop(self.trainer.step, {}))
         with self._lock:
             events, self._pending, live = self._pending, [], self._live
         for event in events:
@@ -298,7 +368,10 @@ class TrainSession:
             self._rows.append(row)
 
     def _save_adapter(self, name: int | str) -> None:
-        self._status, self._save = "saving", False
+        self._save = False
+        if self.ranks.rank:
+            return
+        self._status = "saving"
         files = self.trainer.save(name)
         self._row({"step": self.trainer.step, "event": "save", "name": files[0].name})
         self._checkpoint_at = 0.0         # the next step writes one, once its loss has shown this adapter sound
@@ -309,7 +382,7 @@ class TrainSession:
 
     def _answer(self, value: float) -> None:
         """Let base (0) or adapter (1) answer the prompts, on a copy of nothing: the model itself, in eval mode."""
-        if not self.prompts:
+        if not self.prompts or self.ranks.rank:
             return
         trainer = self.trainer
         trainer.model.eval()
@@ -323,3 +396,7 @@ class TrainSession:
         with self._lock:
             self._samples += [Sample(trainer.step, *texts)
                               for texts in zip(self.prompts, self._base_answers, answers, strict=True)]
+
+
+def _due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0

@@ -53,6 +53,9 @@ def loss_figure(rows: Sequence[Mapping], *, title: str = "", smooth: float | Non
         top.text(0.5, 0.5, "the first step is still to come", transform=top.transAxes, ha="center", color=TICK)
     else:
         _draw_loss(top, step, loss, smooth, COLOURS[0])
+        heldout = [(row["step"], row["heldout_loss"]) for row in rows if row.get("event") == "eval"]
+        if heldout:
+            top.plot(*zip(*heldout, strict=True), color=COLOURS[3], lw=1.6, marker="D", ms=4, label="held out")
         saves = [row["step"] for row in rows if row.get("event") == "save"]
         if saves:
             top.plot(saves, np.zeros(len(saves)), ls="", marker="^", ms=6, color=COLOURS[2], label="saved",
