@@ -76,10 +76,16 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(command=_train, parser=train)
 
     merge = commands.add_parser("merge", help="put an adapter into its base: a whole model")
-    merge.add_argument("--load_model", required=True, help="the base model, a .pth file")
-    merge.add_argument("--adapter", required=True, help="adapter-*.safetensors, or a run's folder for its last one")
+    merge.add_argument("--load_model", required=True, help="the base model, a .pth or Ai00's .st")
+    merge.add_argument("--adapter", required=True, nargs="+", help="adapter-*.safetensors, a run's folder for its last "
+                       "one, RWKV-PEFT's .pth, or a folder of the peft library; several are added up")
     merge.add_argument("--output", required=True, help="the merged .pth to write")
-    merge.add_argument("--strength", type=float, default=1.0, help="share of the adapter, 0 to 1.5")
+    merge.add_argument("--strength", type=float, nargs="+", default=[1.0],
+                       help="share of the adapter, 0 to 1.5, or one for each; -1 takes it out of a merged model")
+    merge.add_argument("--lora_alpha", type=float, help="for older RWKV-PEFT's .pth, which does not say it")
+    merge.add_argument("--dtype", choices=("base", "fp16", "bf16", "fp32"), default="base", help="of the written file")
+    merge.add_argument("--other_base", action="store_true",
+                       help="merge into another base of the same shape than the adapter was trained on")
     merge.set_defaults(command=_merge, parser=merge)
 
     run = commands.add_parser("run", help="run all notebooks in order on the quickstart")
@@ -181,13 +187,26 @@ def _progress(now) -> str:
 
 
 def _merge(arguments) -> int:
-    from .lora.merge import merge
+    from .lora.merge import DTYPES, merge
 
-    adapter = Path(arguments.adapter)
-    adapter = Run(adapter).last_adapter() if adapter.is_dir() else adapter
-    proof = merge(arguments.load_model, adapter, arguments.output, strength=arguments.strength)
+    strength = arguments.strength if len(arguments.strength) > 1 else arguments.strength[0]
+    proof = merge(arguments.load_model, [_adapter(path) for path in arguments.adapter], arguments.output,
+                  strength=strength, dtype=DTYPES.get(arguments.dtype), lora_alpha=arguments.lora_alpha,
+                  allow_other_base=arguments.other_base, progress=_bar)
     print(proof)
     return 0 if proof.ok else 1
+
+
+def _adapter(path: str) -> Path:
+    """A run's folder means its last adapter; peft's folder is an adapter itself."""
+    folder = Path(path)
+    return Run(folder).last_adapter() if folder.is_dir() and not (folder / "adapter_config.json").exists() else folder
+
+
+def _bar(done: int, total: int) -> None:
+    if sys.stderr.isatty():
+        end = "\n" if done == total else "\r"
+        print(f"{done / total:4.0%} {'█' * round(40 * done / total):40}", end=end, file=sys.stderr, flush=True)
 
 
 def _run(arguments) -> int:

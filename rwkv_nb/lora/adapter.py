@@ -1,7 +1,7 @@
 """Adapter files: a safetensors file that says by itself how it is applied, and to which base.
 
 Tensors: `blocks.0.att.key.lora_A` [R,in], `….lora_B` [out,R], and trained parts under their own names,
-fp32. Nobody retypes alpha: it is in the file.
+fp32. Nobody retypes alpha: it is in the file. Other programs' adapters are read as well (lora.foreign).
 """
 
 from __future__ import annotations
@@ -9,19 +9,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..config import LoraSettings
-from ..errors import AdapterError, SettingsError
+from ..errors import AdapterError, CheckpointError, SettingsError
+from ..model.ai00 import read_safetensors
 from ..model.shape import Shape
 from ..runs import write_with
+from .foreign import CONFIG, PICKLED, check_alpha, read_foreign
 from .layers import attach, lora_layers, matching
 from .parts import part_values, trained_parts
 
@@ -30,19 +32,18 @@ FORMAT, VERSION = "rwkv_nb", 1
 
 @dataclass(frozen=True)
 class AdapterMeta:
-    """What an adapter file says about itself."""
+    """What an adapter file says about itself; another program's says nothing of its base."""
 
     r: int
     lora_alpha: float
     target_modules: tuple[str, ...]
-    base_shape: Shape
-    base_fingerprint: str
-    base_name: str             # the base's file name, for people
-    template: str
-    tokenizer: str
-    epoch: int
-    step: int
-
+    base_shape: Shape | None = None
+    base_fingerprint: str = ""
+    base_name: str = ""        # the base's file name, for people
+    template: str = ""
+    tokenizer: str = ""
+    epoch: int = 0
+    step: int = 0
 
 
 @dataclass(frozen=True)
@@ -94,26 +95,38 @@ def save_adapter(path: str | Path, model: nn.Module, lora: LoraSettings, *, base
     write_with(Path(path), lambda temporary: temporary.write_bytes(data))
 
 
-def load_adapter(path: str | Path) -> Adapter:
-    """Read an adapter file. Raises AdapterError for one that is absent, cut off, damaged or of another kind."""
+def load_adapter(path: str | Path, lora_alpha: float | None = None) -> Adapter:
+    """Read an adapter: ours, RWKV-PEFT's .pth, or a file or folder of Hugging Face's peft library.
+
+    lora_alpha: required for a file that does not say its own; another than the file says is refused.
+    Raises AdapterError for one that is absent, cut off, damaged or of another kind.
+    """
     path = Path(path)
-    if not path.is_file():
+    if not (path.is_file() or (path / CONFIG).is_file()):
         raise AdapterError("there is no such file", where=path, fix="train first, or check the adapter's path")
+    if path.is_dir() or path.suffix in PICKLED:
+        return _foreign(path, lora_alpha)
     try:
-        with safe_open(path, "pt") as f:
-            words, tensors = f.metadata() or {}, {key: f.get_tensor(key) for key in f.keys()}
-    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        raise AdapterError(f"the file is damaged, cut off or no safetensors file ({error})", where=path,
-                           fix="copy it again, or use an adapter saved earlier") from error
+        tensors, words = read_safetensors(path)
+    except CheckpointError as error:
+        raise AdapterError(error.what, where=path, fix="copy it again, or use an adapter saved earlier") from error
+    if any(key.endswith(".lora_A.weight") for key in tensors):
+        return _foreign(path, lora_alpha)
     if (words.get("format"), words.get("version")) != (FORMAT, str(VERSION)):
         raise AdapterError(f"this is not an adapter of {FORMAT}, format {VERSION} (it says {words.get('format')!r}, "
                            f"{words.get('version')!r})", where=path, fix="use an adapter-*.safetensors file of a run")
     meta = _read_meta(words, path)
+    check_alpha(meta.lora_alpha, lora_alpha, path)
     for key, tensor in tensors.items():
         if tensor.dtype != torch.float32 or not tensor.isfinite().all():
             raise AdapterError("holds values that are not finite fp32 numbers", where=f"{path}: {key}",
                                fix="use an adapter saved earlier")
     return Adapter(tensors, meta, path)
+
+
+def _foreign(path: Path, lora_alpha: float | None) -> Adapter:
+    f = read_foreign(path, lora_alpha)
+    return Adapter(f.tensors, AdapterMeta(f.r, f.lora_alpha, f.linears), path)
 
 
 def _read_meta(words: Mapping[str, str], path: Path) -> AdapterMeta:
@@ -140,13 +153,13 @@ def check_adapter(adapter: Adapter, shape: Shape, fingerprint: str, *, allow_oth
     allow_other_base lets another base of the same shape pass, such as one that was trained a little further.
     """
     meta = adapter.meta
-    if meta.base_shape != shape:
+    if meta.base_shape not in (shape, None):
         sizes = [f"{s.version}, {s.n_layer} layers of {s.n_embd}, {s.vocab_size} tokens"
                  for s in (meta.base_shape, shape)]
         sizes = sizes if sizes[0] != sizes[1] else [str(meta.base_shape), str(shape)]
         raise AdapterError(f"this adapter was trained on {meta.base_name} ({sizes[0]}); this base is {sizes[1]}",
                            where=adapter.path, fix=f"load {meta.base_name}")
-    if meta.base_fingerprint != fingerprint and not allow_other_base:
+    if meta.base_fingerprint not in (fingerprint, "") and not allow_other_base:
         raise AdapterError(f"this adapter was trained on {meta.base_name} (fingerprint {meta.base_fingerprint}); this "
                            f"base has the same shape and other weights (fingerprint {fingerprint})",
                            where=adapter.path, fix=f"load {meta.base_name}, or try it here with allow_other_base=True")
@@ -170,7 +183,7 @@ def _check_tensors(adapter: Adapter, expected: Mapping[str, tuple[int, int]]) ->
     wrong += [f"{k} is {list(got[k].shape)}, expected {list(size)}" for k, size in expected.items()
               if k in got and tuple(got[k].shape) != size]
     if wrong:
-        raise AdapterError(f"{len(wrong)} of its keys do not fit its own description:\n  " + "\n  ".join(wrong),
+        raise AdapterError(f"{len(wrong)} of its keys do not fit:\n  " + "\n  ".join(wrong),
                            where=adapter.path, fix="use an adapter saved earlier")
 
 
@@ -184,3 +197,29 @@ def apply_adapter(model: nn.Module, adapter: Adapter, base_fingerprint: str, *, 
     attach(model, adapter.lora_settings(), seed=0)
     set_adapter_tensors(model, adapter.tensors)
     return model
+
+
+def combine(adapters: Sequence[Adapter], strengths: Sequence[float], base: Mapping[str, Tensor]) -> Adapter:
+    """Adapters of one base as one, of all their ranks together: its B A is the sum of strength · α/R · B A of each.
+
+    base: its weights; trained parts are moved from there, by strength. Raises SettingsError for a negative strength
+    where an adapter has parts: what they were before is not in the file.
+    """
+    r, tensors = sum(a.meta.r for a in adapters), {}
+    pairs = list(zip(adapters, strengths, strict=True))
+    names = list(dict.fromkeys(k.removesuffix(".lora_A") for a in adapters for k in a.tensors if k.endswith("lora_A")))
+    for name in names:
+        halves = [(a.tensors[f"{name}.lora_A"], a.tensors[f"{name}.lora_B"] * (a.scale * s))
+                  for a, s in pairs if f"{name}.lora_A" in a.tensors]
+        A, B = torch.cat([A for A, _ in halves]), torch.cat([B for _, B in halves], 1)
+        tensors[f"{name}.lora_A"] = F.pad(A, (0, 0, 0, r - len(A)))
+        tensors[f"{name}.lora_B"] = F.pad(B, (0, r - B.shape[1]))
+    for adapter, s in pairs:
+        for key in adapter.parts:
+            if s < 0:
+                raise SettingsError(f"it trained {key} itself: it cannot be taken out again", where=adapter.path,
+                                    fix="go back to the base's file")
+            old, new = base[key].float(), adapter.tensors[key]
+            tensors[key] = tensors[key] + s * (new - old) if key in tensors else torch.lerp(old, new, s)
+    meta = dataclasses.replace(adapters[0].meta, r=r, lora_alpha=float(r), target_modules=tuple(names))
+    return Adapter(tensors, meta, adapters[0].path)

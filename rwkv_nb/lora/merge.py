@@ -1,9 +1,10 @@
-"""Merging: W + strength · α/R · B A for every adapted linear, written as one complete model, with a proof."""
+"""Merging: W + Σ strength · α/R · B A for every adapted linear, written as one complete model, with a proof."""
 
 from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,13 +14,14 @@ from torch import Tensor
 from ..errors import RunError, SettingsError
 from ..model import fingerprint, load_model, load_weights, read_shape, save_weights
 from ..model.checkpoint import check_keys
-from .adapter import Adapter, apply_adapter, check_adapter, load_adapter
-from .layers import set_strength
+from ..model.streaming import Progress, cast
+from .adapter import Adapter, apply_adapter, check_adapter, combine, load_adapter
 
 # Largest logit difference that counts as rounding: a part of what the adapter does, and a part of the largest logit
 # for the arithmetic of the comparison itself (fp32, or the file's own dtype for a large model).
 OF_EFFECT, OF_LOGIT = 0.1, {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
-IN_FP32 = 1_000_000_000      # parameters up to which the comparison is done in fp32
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+IN_FP32 = 200_000_000        # parameters up to which the comparison is done in fp32
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,12 @@ class Proof:
     """
 
     path: Path
-    strength: float
     merged_layers: int
-    dtype: str                   # of the merged weights, as in the base
+    parts: int                   # other tensors that were trained beside them, such as layer norms
+    dtype: str                   # of the merged weights
     largest_weight_change: float
-    same_keys: bool              # names, order, shapes and dtypes are the base's; the strict loader took the file
-    others_untouched: bool       # every tensor without an adapter is equal to the base's, bit for bit
+    same_keys: bool              # names, order and shapes are the base's, dtypes as asked; the strict loader took it
+    others_untouched: bool       # every other tensor is equal to the base's, bit for bit
     largest_logit: float
     logit_effect: float          # largest logit difference, base against base with adapter
     logit_difference: float      # largest logit difference, base with adapter against merged file
@@ -47,8 +49,9 @@ class Proof:
 
     def __str__(self) -> str:
         return "\n".join([
-            f"merged {self.merged_layers} layers at strength {self.strength:g} into {self.path} ({self.dtype})",
-            f"  reloads, with the base's keys, order, shapes and dtypes: {self.same_keys}",
+            f"merged {self.merged_layers} layers into {self.path} ({self.dtype})"
+            + (f", with {self.parts} trained norms and the like" if self.parts else ""),
+            f"  reloads, with the base's keys, order and shapes: {self.same_keys}",
             f"  all other tensors as in the base, bit for bit: {self.others_untouched}",
             f"  largest change of a weight: {self.largest_weight_change:.3g}",
             f"  largest change of a logit by the adapter: {self.logit_effect:.3g} "
@@ -58,82 +61,95 @@ class Proof:
             f"  merged == adapter: {self.ok}"])
 
 
-def merged_state(weights: dict[str, Tensor], adapter: Adapter, names: list[str], strength: float = 1.0
-                 ) -> dict[str, Tensor]:
-    """`weights` with the named linears merged: sums in fp32, results in the base's dtype, keys in the base's order."""
-    merged = dict(weights)
-    for name in names:
-        W, A, B = weights[f"{name}.weight"], adapter.tensors[f"{name}.lora_A"], adapter.tensors[f"{name}.lora_B"]
-        merged[f"{name}.weight"] = torch.addmm(W.float(), B, A, alpha=strength * adapter.scale).to(W.dtype)
-    for key in adapter.parts:
-        merged[key] = torch.lerp(weights[key].float(), adapter.tensors[key], strength).to(weights[key].dtype)
-    return merged
+def merge(base_path: str | Path, adapter_path: str | Path | Sequence[str | Path], out_path: str | Path, *,
+          strength: float | Sequence[float] = 1.0, dtype: torch.dtype | None = None, lora_alpha: float | None = None,
+          prove: bool = True, allow_other_base: bool = False, progress: Progress | None = None) -> Proof | None:
+    """Write the base with one adapter or several in it as one .pth; returns what was proved of the written file.
 
-
-def merge(base_path: str | Path, adapter_path: str | Path, out_path: str | Path, *, strength: float = 1.0,
-          prove: bool = True, allow_other_base: bool = False) -> Proof | None:
-    """Write the base with the adapter in it as one .pth; returns what was proved of the written file.
-
-    The base is memory-mapped; the adapted layers' size is needed in memory, and the proof needs 4 bytes a parameter
-    up to a billion parameters (above, the files stay mapped).
-    prove=False writes only, and returns None. Raises CheckpointError and AdapterError for files that cannot be used
-    or do not belong together, RunError when the disk cannot hold the result: then nothing was written.
+    strength: one for all adapters, or one each; -1 takes an adapter out of a file that was merged with it
+    dtype: of the written file; None keeps the base's. Sums are fp32 in any case
+    lora_alpha: required for adapters that do not say their own (older RWKV-PEFT)
+    progress: called with bytes done and bytes in all; prove=False writes only, and returns None
+    Base and result stay memory-mapped; one tensor at a time is in memory, and for the proof, up to IN_FP32
+    parameters, 4 bytes a parameter. Raises CheckpointError and AdapterError for files that cannot be used or do not
+    belong together, RunError when the disk cannot hold the result: then nothing was written.
     """
-    if not math.isfinite(strength):
-        raise SettingsError(f"strength cannot be {strength}", where="strength", fix="0 is the base, 1 as trained")
-    base_path, out_path, adapter = Path(base_path), Path(out_path), load_adapter(adapter_path)
+    base_path, out_path = Path(base_path), Path(out_path)
+    paths = [adapter_path] if isinstance(adapter_path, str | Path) else list(adapter_path)
+    strengths = [strength] * len(paths) if isinstance(strength, int | float) else list(strength)
+    if not paths or len(strengths) != len(paths) or not all(map(math.isfinite, strengths)):
+        raise SettingsError(f"strength cannot be {strength} for {len(paths)} adapters", where="strength",
+                            fix="one number for all, or one each: 0 is the base, 1 as trained")
     if out_path.exists() and out_path.samefile(base_path):
         raise RunError("the merged model would replace its own base", where=out_path, fix="choose another output")
-    weights = load_weights(base_path)
-    shape = read_shape(weights)
+    adapters, weights = [load_adapter(path, lora_alpha) for path in paths], load_weights(base_path)
+    shape, base = read_shape(weights), fingerprint(base_path)
     check_keys(weights, shape, where=base_path)
-    names = check_adapter(adapter, shape, fingerprint(base_path), allow_other_base=allow_other_base)
-    check_disk(base_path, out_path)
-    save_weights(out_path, merged_state(weights, adapter, names, strength))
-    return _prove(base_path, weights, adapter, names, out_path, strength) if prove else None
+    for adapter in adapters:
+        check_adapter(adapter, shape, base, allow_other_base=allow_other_base)
+    adapter = combine(adapters, strengths, weights)
+    check_disk(_bytes(weights, adapter, dtype), out_path)
+    save_weights(out_path, weights, change=lambda key, W: merged_tensor(key, W, adapter, dtype), progress=progress)
+    return _prove(base_path, weights, adapter, out_path, dtype) if prove else None
 
 
-def check_disk(base_path: Path, out_path: Path) -> None:
-    """Raise RunError unless a model as large as the base fits where out_path is to be; an old file stays until then."""
-    folder = next(parent for parent in out_path.absolute().parents if parent.exists())
-    need, free = base_path.stat().st_size, shutil.disk_usage(folder).free
+def merged_tensor(key: str, W: Tensor, adapter: Adapter, dtype: torch.dtype | None = None) -> Tensor:
+    """W as it is in the merged file: added up in fp32, in W's dtype or another. An untouched W is returned itself."""
+    dtype, name = dtype or W.dtype, key.removesuffix(".weight")
+    A, B = (adapter.tensors.get(f"{name}.{half}") for half in ("lora_A", "lora_B"))
+    if A is not None:
+        W = W.to(torch.float32, copy=True).addmm_(B, A, alpha=adapter.scale)
+    return cast(key, adapter.tensors.get(key, W), dtype)
+
+
+def _changed(adapter: Adapter) -> set[str]:
+    """Keys of the base that the adapter changes."""
+    return {f"{target}.weight" for target in adapter.meta.target_modules} | set(adapter.parts)
+
+
+def _bytes(weights: dict[str, Tensor], adapter: Adapter, dtype: torch.dtype | None) -> int:
+    """What the disk must hold: the result, and once more the tensors that change, which wait beside it."""
+    changed = _changed(adapter)
+    return sum(v.numel() * (dtype or v.dtype).itemsize * (1 + (key in changed or dtype not in (None, v.dtype)))
+               for key, v in weights.items())
+
+
+def check_disk(need: int, out_path: Path) -> None:
+    """Raise RunError unless `need` bytes are free where out_path is to be; an old file stays until then."""
+    free = shutil.disk_usage(next(parent for parent in out_path.absolute().parents if parent.exists())).free
     if need > free:
         raise RunError(f"the merged model needs {need / 1e9:.2f} GB and {free / 1e9:.2f} GB are free", where=out_path,
                        fix="free some disk space or choose another folder")
 
 
-def _prove(base_path: Path, weights: dict[str, Tensor], adapter: Adapter, names: list[str], out_path: Path,
-           strength: float) -> Proof:
-    written, adapted = load_weights(out_path), {*(f"{name}.weight" for name in names), *adapter.parts}
-
-    def like(a: dict, b: dict) -> bool:
-        return [(k, v.shape, v.dtype) for k, v in a.items()] == [(k, v.shape, v.dtype) for k, v in b.items()]
-
-    change = max((written[k].float() - weights[k].float()).abs().max().item() for k in adapted)
-    dtype = weights[next(iter(adapted))].dtype
-    compared = torch.float32 if read_shape(weights).n_params() <= IN_FP32 else dtype
-    before, after = _logits(base_path, compared, adapter, strength)
+def _prove(base_path: Path, weights: dict[str, Tensor], adapter: Adapter, out_path: Path, dtype: torch.dtype | None
+           ) -> Proof:
+    written, changed = load_weights(out_path), sorted(_changed(adapter))
+    same = list(written) == list(weights) and all(
+        (v.shape, v.dtype) == (weights[k].shape, dtype or weights[k].dtype) for k, v in written.items())
+    change = max((written[k].float().sub_(weights[k])).abs_().max().item() for k in changed)
+    untouched = all(torch.equal(written[k], W.to(written[k].dtype)) for k, W in weights.items() if k not in changed)
+    own, out = weights[changed[0]].dtype, written[changed[0]].dtype
+    compared = torch.float32 if read_shape(weights).n_params() <= IN_FP32 else own
+    before, after = _logits(base_path, compared, adapter)
     merged, = _logits(out_path, compared)
     largest, effect = after.abs().max().item(), (after - before).abs().max().item()
-    return Proof(
-        out_path, strength, len(names), str(dtype).removeprefix("torch."), change, like(written, weights),
-        all(torch.equal(written[k], weights[k]) for k in weights if k not in adapted), largest, effect,
-        (merged - after).abs().max().item(), OF_EFFECT * effect + OF_LOGIT[compared] * largest)
+    coarsest = max(OF_LOGIT[compared], OF_LOGIT[out] if out != own else 0)
+    return Proof(out_path, len(changed) - len(adapter.parts), len(adapter.parts), str(out).removeprefix("torch."),
+                 change, same, untouched, largest, effect, (merged - after).abs().max().item(),
+                 OF_EFFECT * effect + coarsest * largest)
 
 
 @torch.no_grad()
-def _logits(path: Path, dtype: torch.dtype, adapter: Adapter | None = None, strength: float = 1.0) -> list[Tensor]:
+def _logits(path: Path, dtype: torch.dtype, adapter: Adapter | None = None) -> list[Tensor]:
     """Logits [B,T,V] of a file's model on fixed sequences; with an adapter: without it and with it.
 
     One model at a time, and memory-mapped where dtype is the file's own.
     """
     model = load_model(path, dtype=dtype).eval()
     tokens = torch.randint(1, model.shape.vocab_size, (4, 32), generator=torch.Generator().manual_seed(0))
-    if adapter is None:
-        return [model(tokens)[0].float()]
-    apply_adapter(model, adapter, adapter.meta.base_fingerprint)  # merge() has checked the base
-    out = []
-    for value in (0.0, strength):
-        set_strength(model, value)
+    out = [model(tokens)[0].float()]
+    if adapter:
+        apply_adapter(model, adapter, "", allow_other_base=True)  # merge() has checked the base
         out.append(model(tokens)[0].float())
     return out

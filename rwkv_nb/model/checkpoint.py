@@ -12,13 +12,17 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..runs import write_with
+from ..runs import atomic_path
+from .ai00 import from_ai00, read_safetensors
 from .rwkv import RWKV
 from .shape import Shape, read_shape
+from .streaming import Change, Progress, WatchedFile, parked
+
+SAFETENSORS = (".st", ".safetensors")
 
 
 def load_weights(path: str | Path) -> dict[str, Tensor]:
-    """A .pth's flat dict of tensors, memory-mapped on the CPU.
+    """The flat dict of tensors in a .pth, .st (Ai00) or .safetensors, memory-mapped on the CPU, under its .pth names.
 
     Raises CheckpointError for a file that is absent, empty, truncated, or a pickle of anything but tensors.
     """
@@ -27,15 +31,7 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
         raise CheckpointError("there is no such file", where=path, fix="check load_model's path")
     if path.stat().st_size == 0:
         raise CheckpointError("the file is empty", where=path, fix="download or copy it again")
-    try:
-        mapped = zipfile.is_zipfile(path)  # torch.save's old format cannot be memory-mapped
-        weights = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
-    except (pickle.UnpicklingError, AttributeError, ImportError) as error:
-        raise CheckpointError("this is not a file of weights alone, and nothing in it was run", where=path,
-                              fix="use the model's published .pth; do not trust this file") from error
-    except Exception as error:  # there is no end of what torch raises for a damaged file: struct.error, TypeError, …
-        raise CheckpointError("the file is damaged or cut off", where=path,
-                              fix="download or copy it again") from error
+    weights = _in_original_form(path) if path.suffix in SAFETENSORS else _read_pth(path)
     flat = isinstance(weights, dict) and weights and all(
         isinstance(k, str) and isinstance(v, Tensor) and v.is_floating_point() for k, v in weights.items())
     if not flat:
@@ -44,11 +40,37 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
     return weights
 
 
-def save_weights(path: str | Path, weights: Mapping[str, Tensor]) -> None:
-    """Write a .pth whole: contiguous tensors on the CPU, each with storage of its own, in the order given."""
-    alone = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
-    alone = {k: v if v.untyped_storage().nbytes() == v.nbytes else v.clone() for k, v in alone.items()}
-    write_with(Path(path), lambda temporary: torch.save(alone, temporary))
+def _read_pth(path: Path):
+    try:
+        mapped = zipfile.is_zipfile(path)  # torch.save's old format cannot be memory-mapped
+        return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
+    except (pickle.UnpicklingError, AttributeError, ImportError) as error:
+        raise CheckpointError("this is not a file of weights alone, and nothing in it was run", where=path,
+                              fix="use the model's published .pth; do not trust this file") from error
+    except Exception as error:  # there is no end of what torch raises for a damaged file: struct.error, TypeError, …
+        raise CheckpointError("the file is damaged or cut off", where=path,
+                              fix="download or copy it again") from error
+
+
+def _in_original_form(path: Path) -> dict[str, Tensor]:
+    """A safetensors file, which keeps no order of its own, in the order of a released .pth."""
+    weights = read_safetensors(path)[0]
+    if "emb.weight" not in weights:
+        return weights
+    weights = from_ai00(weights)
+    order = {key: i for i, key in enumerate(read_shape(weights).key_shapes())}
+    return dict(sorted(weights.items(), key=lambda item: order.get(item[0], len(order))))
+
+
+def save_weights(path: str | Path, weights: Mapping[str, Tensor], *, change: Change | None = None,
+                 progress: Progress | None = None) -> None:
+    """Write a .pth whole: contiguous tensors on the CPU, each with storage of its own, in the order given.
+
+    change: (key, tensor) → what is written in its place; one tensor at a time is in memory (model.streaming).
+    """
+    with atomic_path(Path(path)) as temporary, parked(weights, temporary.parent, change, progress) as alone, \
+            WatchedFile(temporary, sum(v.nbytes for v in alone.values()), progress) as file:
+        torch.save(alone, file)
 
 
 def check_keys(weights: Mapping[str, Tensor], shape: Shape, where="") -> None:
