@@ -11,7 +11,7 @@ from torch.serialization import skip_data
 from rwkv_nb.config import LoraSettings
 from rwkv_nb.lora.adapter import save_adapter
 from rwkv_nb.lora.layers import attach
-from rwkv_nb.model import PUBLISHED, RWKV7, fingerprint
+from rwkv_nb.model import PUBLISHED, RWKV, fingerprint
 
 # In a process of its own: the peak is then merging's alone. Anonymous memory is what cannot be dropped and read again.
 MERGE = """
@@ -41,7 +41,7 @@ def test_merging_a_3b_model_needs_little_memory(tmp_path):
     base, adapter, out = (tmp_path / name for name in ("base.pth", "adapter.safetensors", "merged.pth"))
     with skip_data():   # 5.9 GB of zeros that lie nowhere: a file of holes
         torch.save({k: torch.empty(size, dtype=torch.bfloat16) for k, size in shape.key_shapes().items()}, base)
-    model, lora = RWKV7(shape, device="meta"), LoraSettings(r=32)
+    model, lora = RWKV(shape, device="meta"), LoraSettings(r=32)
     attach(model, lora, seed=0)
     for module in model.modules():
         if hasattr(module, "lora_A"):
