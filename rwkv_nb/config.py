@@ -74,8 +74,8 @@ class LoraSettings:
                                 "缩放因子,实际缩放为 alpha / r,一般取 r 的两倍", low=0)
     peft: str = _option("lora", "kind of adapter; LoRA is the one there is", "微调类型,目前为 lora", choices=("lora",))
     target_modules: tuple[str, ...] = _option(
-        ("att.receptance", "att.key", "att.value", "att.output", "ffn.key", "ffn.value"),
-        "linear layers that get an adapter, by the end of their name", "加 LoRA 的线性层(名称结尾)")
+        (), "linear layers that get an adapter, by the end of their name, like att.key; none named: all but the head",
+        "加 LoRA 的线性层(名称结尾),如 att.key;留空为除 head 外的全部")
     train_parts: tuple[str, ...] = _option(
         (), "other parameters trained beside the adapter and saved with it: all whose name contains one of these, "
         "such as ln for the layer norms", "同时训练并随 LoRA 保存的其他参数(名称包含所给文字),如 ln 为全部 LayerNorm")

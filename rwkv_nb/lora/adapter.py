@@ -24,7 +24,7 @@ from ..model.ai00 import read_safetensors
 from ..model.shape import Shape
 from ..runs import write_with
 from .foreign import CONFIG, PICKLED, check_alpha, read_foreign
-from .layers import attach, lora_layers, matching
+from .layers import attach, endings, lora_layers, matching
 from .parts import part_values, trained_parts
 
 FORMAT, VERSION = "rwkv_nb", 1
@@ -87,8 +87,9 @@ def set_adapter_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None
 def save_adapter(path: str | Path, model: nn.Module, lora: LoraSettings, *, base_path: str | Path,
                  base_fingerprint: str, template: str, tokenizer: str, epoch: int, step: int) -> None:
     """Write the adapter that `model` got from attach(), whole. Raises RunError when the disk is full."""
-    meta = AdapterMeta(lora.r, float(lora.lora_alpha), tuple(lora.target_modules), model.shape, base_fingerprint,
-                       Path(base_path).name, template, tokenizer, epoch, step)
+    targets = tuple(lora.target_modules) or endings(lora_layers(model))
+    meta = AdapterMeta(lora.r, float(lora.lora_alpha), targets, model.shape, base_fingerprint, Path(base_path).name,
+                       template, tokenizer, epoch, step)
     words = {k: json.dumps(v) for k, v in dataclasses.asdict(meta).items()}
     tensors = {k: v.cpu().contiguous() for k, v in adapter_tensors(model).items()}
     data = save(tensors, metadata={"format": FORMAT, "version": str(VERSION), **words})
@@ -163,8 +164,7 @@ def check_adapter(adapter: Adapter, shape: Shape, fingerprint: str, *, allow_oth
         raise AdapterError(f"this adapter was trained on {meta.base_name} (fingerprint {meta.base_fingerprint}); this "
                            f"base has the same shape and other weights (fingerprint {fingerprint})",
                            where=adapter.path, fix=f"load {meta.base_name}, or try it here with allow_other_base=True")
-    linears = {key.removesuffix(".weight"): size for key, size in shape.key_shapes().items()
-               if key.endswith(".weight") and len(size) == 2 and key != "emb.weight"}
+    linears = shape.linears()
     try:
         names = matching(meta.target_modules, linears)
     except SettingsError as error:

@@ -134,7 +134,7 @@ def _zero(x: Tensor, hits: Tensor) -> Tensor:
 
 
 def attach(model: nn.Module, lora: LoraSettings, seed: int) -> list[str]:
-    """Give every linear whose name ends with one of lora.target_modules an adapter, in place; freeze all the rest
+    """Give every linear that is `matching` lora.target_modules an adapter, in place; freeze all the rest
     but lora.train_parts. There is no dropout until set_dropout_step asks for it.
 
     Works on any device, meta too (to count parameters). Returns the linears' full names, in the model's order.
@@ -156,13 +156,18 @@ def attach(model: nn.Module, lora: LoraSettings, seed: int) -> list[str]:
 
 
 def matching(targets: Iterable[str], linears: Iterable[str]) -> list[str]:
-    """The linears' full names that end with one of the targets, in order; SettingsError for a target without any."""
-    linears = list(linears)
+    """The linears' full names that end with one of the targets, in order; SettingsError for a target without any.
+
+    No targets: every linear but the head, which is what is usual for each version.
+    """
+    targets, linears = list(targets), list(linears)
+    if not targets:
+        return [name for name in linears if name != "head"]
 
     def fits(name: str, target: str) -> bool:
         return name == target or name.endswith(f".{target}")
 
-    ends = list(dict.fromkeys(".".join(name.split(".")[-2:]) for name in linears))
+    ends = endings(linears)
     for target in targets:
         if not any(fits(name, target) for name in linears):
             near = difflib.get_close_matches(target, [*ends, *linears], 2, 0.4)
@@ -170,6 +175,11 @@ def matching(targets: Iterable[str], linears: Iterable[str]) -> list[str]:
                                 fix=(f"did you mean {' or '.join(near)}? " if near else "")
                                 + f"linear layers here: {', '.join(ends) or 'none'}")
     return [name for name in linears if any(fits(name, target) for target in targets)]
+
+
+def endings(names: Iterable[str]) -> tuple[str, ...]:
+    """The last two parts of layers' names, each once: blocks.0.att.key → att.key."""
+    return tuple(dict.fromkeys(".".join(name.split(".")[-2:]) for name in names))
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:

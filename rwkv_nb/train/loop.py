@@ -136,7 +136,9 @@ class Trainer:
 
     def notices(self) -> list[str]:
         """What a person should know before the run, a sentence each."""
-        return [*self.batches.notices(), self._disk_notice()]
+        old = [f"{Path(self.settings.train.load_model).name} is an RWKV-5 (x052) model: that version is deprecated, "
+               "take a newer base for new work"] if self.model.shape.version == "x052" else []
+        return [*old, *self.batches.notices(), self._disk_notice()]
 
     def heldout_loss(self) -> float:
         """Mean cross-entropy over the held-out documents, nats per trained token."""

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from .. import config
 from ..config import LoraSettings
 from ..errors import RwkvNbError
-from ..lora.layers import adapter_parameters, attach
+from ..lora.layers import adapter_parameters, attach, matching
 from ..model import RWKV, Shape
 from ..runs import Run
 from .plots import COLOURS, GRID, INK, TICK, png
@@ -62,17 +62,17 @@ class Part:
 def parts(shape: Shape, lora: LoraSettings | None = None) -> list[Part]:
     """A model's parameters by role, in the order of its file; every parameter is in exactly one part."""
     keys: dict[str, list[str]] = {name: [] for name in _PARTS}
-    sizes = shape.key_shapes()
+    sizes, adds = shape.key_shapes(), _lora_params(shape, lora)
     for key in sizes:
         keys[next(name for name, (_, pattern) in _PARTS.items() if re.fullmatch(pattern, key))].append(key)
     return [Part(name, _PARTS[name][0], tuple(dict.fromkeys(sizes[k] for k in mine)), len(mine),
-                 sum(math.prod(sizes[k]) for k in mine), sum(_lora_params(k, sizes[k], lora) for k in mine))
+                 sum(math.prod(sizes[k]) for k in mine), sum(adds.get(k, 0) for k in mine))
             for name, mine in keys.items() if mine]
 
 
 def lora_params(shape: Shape, lora: LoraSettings) -> int:
     """Parameters of an adapter, by the formula: r · (in + out) for every linear it is given to."""
-    return sum(_lora_params(key, size, lora) for key, size in shape.key_shapes().items())
+    return sum(_lora_params(shape, lora).values())
 
 
 def attached_params(shape: Shape, lora: LoraSettings) -> int:
@@ -82,10 +82,11 @@ def attached_params(shape: Shape, lora: LoraSettings) -> int:
     return sum(p.numel() for p in adapter_parameters(model))
 
 
-def _lora_params(key: str, size: tuple[int, ...], lora: LoraSettings | None) -> int:
-    name = key.removesuffix(".weight")
-    takes = lora and any(name == t or name.endswith(f".{t}") for t in lora.target_modules)
-    return lora.r * sum(size) if takes else 0
+def _lora_params(shape: Shape, lora: LoraSettings | None) -> dict[str, int]:
+    """Parameters that an adapter adds, by the key of the weight that it is added to."""
+    linears = shape.linears()
+    names = matching(lora.target_modules, linears) if lora else ()
+    return {f"{name}.weight": lora.r * sum(linears[name]) for name in names}
 
 
 def table_html(shape: Shape, lora: LoraSettings | None = None) -> str:

@@ -8,6 +8,7 @@ from rwkv_nb.lora.layers import adapter_parameters, attach
 from rwkv_nb.model import RWKV, Shape, fingerprint, init_weights, load_model, save_weights
 
 LORA = LoraSettings(r=4, lora_alpha=12.0)
+TARGETS = ("att.receptance", "att.key", "att.value", "att.output", "ffn.key", "ffn.value")  # what it means for x070
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import struct
 
 import pytest
 import torch
-from lora_files import LORA, make_adapter, make_base
+from lora_files import TARGETS, make_adapter, make_base
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -36,13 +36,21 @@ def test_comes_back_and_describes_itself(saved, lively, tokens):
     path, model = saved
     adapter = load_adapter(path)
     meta = adapter.meta
-    assert (meta.r, meta.lora_alpha, meta.target_modules) == (4, 12.0, LORA.target_modules) and adapter.scale == 3
+    assert (meta.r, meta.lora_alpha, meta.target_modules) == (4, 12.0, TARGETS) and adapter.scale == 3
     assert (meta.template, meta.tokenizer, meta.epoch, meta.step) == ("chat", "byte", 2, 34)
     assert (meta.base_name, meta.base_fingerprint) == ("lively.pth", fingerprint(lively))
     assert meta.base_shape == model.shape
     applied = apply_adapter(load_model(lively), adapter, fingerprint(lively))
     assert torch.equal(applied.eval()(tokens)[0], model(tokens)[0])
     assert {layer.scale for layer in lora_layers(applied).values()} == {3.0}
+
+
+def test_a_file_from_before_there_were_other_versions(saved, lively, tmp_path):
+    with safe_open(saved[0], "pt") as f:
+        shape = json.loads(f.metadata()["base_shape"])
+    del shape["rank_mix"]
+    old = load_adapter(rewritten(saved[0], tmp_path / "old.safetensors", base_shape=json.dumps(shape)))
+    assert len(check_adapter(old, read_shape(load_model(lively).state_dict()), fingerprint(lively))) == 12
 
 
 def test_keys_are_the_checkpoints_names(saved):

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from lora_files import LORA, make_adapter, make_base
+from lora_files import LORA, TARGETS, make_adapter, make_base
 
 from rwkv_nb import config
 from rwkv_nb.errors import AdapterError, CheckpointError, RunError, SettingsError
@@ -31,7 +31,7 @@ def logits(model, tokens):
     return model.eval()(tokens)[0]
 
 
-@pytest.mark.parametrize("strength, targets", [(1.0, LORA.target_modules), (0.0, LORA.target_modules),
+@pytest.mark.parametrize("strength, targets", [(1.0, TARGETS), (0.0, TARGETS),
                                                (1.5, ("head", "att.output"))])
 def test_merged_is_base_with_adapter(lively, tmp_path, tokens, strength, targets):
     lora = config.replace(LORA, target_modules=targets)
