@@ -148,6 +148,13 @@ class TrainSettings:
                              choices=("fp32", "tf32", "fp16", "bf16"))
     grad_cp: int = _option(0, "gradient checkpointing: 1 recomputes each block in backward to save memory",
                            "梯度检查点:1 省显存但更慢,0 更快", choices=(0, 1))
+    chunk_ctx: int = _option(0, "tokens worked on at once, for a ctx_len beyond memory: the state is carried on and "
+                             "the gradient is exact (infctx); 0 takes each document whole",
+                             "超长上下文:每次处理的 token 数,状态连续传递、梯度精确;0 为不分块", unit="tokens", low=0)
+    truncated_bptt: int = _option(0, "with chunk_ctx: 1 lets no gradient cross from chunk to chunk (truncated "
+                                  "backpropagation): faster, but nothing is learnt across a border",
+                                  "配合 chunk_ctx:1 表示梯度不跨块传递(截断反向传播),更快但学不到跨块联系",
+                                  choices=(0, 1))
     op: str = _option("auto", "WKV operator; auto picks the fastest that works here",
                       "WKV 算子;auto 自动选择最快的", choices=("auto", "torch", "chunked", "cpu"))
     accelerator: str = _option("auto", "device that computes", "计算设备", choices=("auto", "cpu", "gpu"))
@@ -299,6 +306,10 @@ def check_together(settings: Settings) -> None:
     for wrong, name, what, fix in (
         (t.decay_steps and t.lr_schedule != "wsd", "decay_steps", "decay_steps belongs to lr_schedule wsd",
          "set lr_schedule to wsd, or decay_steps to 0"),
+        (t.truncated_bptt and not t.chunk_ctx, "truncated_bptt", "truncated_bptt belongs to chunk_ctx",
+         "set chunk_ctx, for instance to 1024"),
+        (t.chunk_ctx and settings.data.dataload == "pack", "chunk_ctx", "packed documents are not cut into chunks",
+         "set dataload to split, or chunk_ctx to 0"),
         (t.precision == "tf32" and t.accelerator == "cpu", "precision", "tf32 is a GPU's arithmetic",
          "use fp32 or bf16 on a CPU"),
         (t.live.lr_end and t.live.lr_end <= t.warmup_steps, "lr_end", "the schedule ends before the warm-up does",

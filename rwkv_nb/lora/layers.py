@@ -31,7 +31,7 @@ class DropoutClock:
 
     seed: int = 0
     step: int = 0
-    micro: int = 0
+    micro: int | str = 0  # "micro.chunk" where a text is computed in chunks
 
     def mask_seed(self, layer: int) -> int:
         """A seed for one layer's mask in one micro-batch."""
@@ -194,7 +194,7 @@ def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     yield from (part.value for part in trained_parts(model).values())
 
 
-def set_dropout_step(model: nn.Module, seed: int, step: int, micro: int, p: float | None = None) -> None:
+def set_dropout_step(model: nn.Module, seed: int, step: int, micro: int | str, p: float | None = None) -> None:
     """Choose the dropout masks of the next forward, and the share p that they hit, where given.
 
     The same numbers bring the same masks back.

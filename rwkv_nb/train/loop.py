@@ -35,6 +35,7 @@ from ..runs import Run
 from ..tokenizer import get_tokenizer
 from ..wkv import pick_op
 from .checkpoint import Checkpoint
+from .infctx import backward_by_chunks
 from .log import Logs
 from .loss import head_loss
 from .ranks import Ranks
@@ -112,7 +113,8 @@ class Trainer:
         self.batches = Batches(
             self.documents, ctx_len=settings.data.ctx_len, micro_bsz=t.micro_bsz,
             accumulate=t.live.accumulate_grad_batches, seed=t.random_seed, epoch_steps=t.epoch_steps,
-            device=self.device, dataload=settings.data.dataload, rank=self.ranks.rank, world_size=self.ranks.size)
+            device="cpu" if t.chunk_ctx else self.device, dataload=settings.data.dataload,
+            rank=self.ranks.rank, world_size=self.ranks.size)
         self.logs = Logs(run, write=not self.ranks.rank, wandb=t.wandb)
         self.step, self.epoch_loss = 0, [0.0, 0]
         self._scale, self._good = LARGEST_SCALE if t.precision == "fp16" else 1.0, 0
@@ -210,9 +212,7 @@ class Trainer:
         while True:
             ce = torch.zeros((), device=self.device)
             for micro, batch in enumerate(micro_batches):
-                number = micro * self.ranks.size + self.ranks.rank
-                set_dropout_step(self.model, self.settings.train.random_seed, self.step, number, live.lora_dropout)
-                ce += self._backward(batch, n_trained)
+                ce += self._backward(batch, n_trained, micro * self.ranks.size + self.ranks.rank, live.lora_dropout)
             grads = [p.grad for p in self.parameters if p.grad is not None]
             self.ranks.add([*grads, ce])
             for grad in grads if self._scale != 1 else ():
@@ -224,9 +224,19 @@ class Trainer:
             self._scale, self._good = self._scale / 2, 0
             self.optimizer.zero_grad()
 
-    def _backward(self, batch: Batch, n_trained: int) -> Tensor:
+    def _backward(self, batch: Batch, n_trained: int, micro: int, dropout: float) -> Tensor:
         """Add one micro-batch's gradients; returns its Σ cross-entropy."""
-        hidden, _ = self.model.hidden(batch.inputs, op=self.op, grad_cp=bool(self.settings.train.grad_cp))
+        t = self.settings.train
+
+        def draw(chunk: int) -> None:
+            set_dropout_step(self.model, t.random_seed, self.step, f"{micro}.{chunk}", dropout)
+
+        how = {"op": self.op, "grad_cp": bool(t.grad_cp)}
+        if t.chunk_ctx:
+            return backward_by_chunks(self.model, batch, n_trained, t.chunk_ctx, truncated=bool(t.truncated_bptt),
+                                      scale=self._scale, before_chunk=draw, **how)
+        draw(0)
+        hidden, _ = self.model.hidden(batch.inputs, **how)
         loss, ce = head_loss(hidden, self.model.head, batch.targets, batch.mask, n_trained)
         (loss * self._scale).backward()
         return ce

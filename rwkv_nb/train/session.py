@@ -15,7 +15,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from .. import config
 from ..config import LiveSettings, Settings
@@ -26,50 +25,9 @@ from ..runs import Run, write_text
 from .checkpoint import Checkpoint, differences, load_checkpoint
 from .loop import Trainer
 from .ranks import Ranks
+from .snapshot import DONE, Orders, Sample, Snapshot
 
-DONE = ("finished", "stopped", "failed")
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Base and adapter answering one prompt, at one step."""
-
-    step: int
-    prompt: str
-    base: str
-    adapter: str
-
-
-@dataclass(frozen=True)
-class Orders:
-    """What the next step is to do, the same in every process of a run."""
-
-    live: LiveSettings
-    stop: bool
-    save: bool
-    hold: bool
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """What a panel shows of a session at one moment."""
-
-    status: str                          # ready, preparing, training, paused, saving, finished, stopped, failed
-    step: int
-    total_steps: int
-    epochs: float
-    rows: tuple[dict, ...]               # metrics.jsonl: steps and events
-    samples: tuple[Sample, ...]
-    notices: tuple[str, ...]
-    files: tuple[str, ...]               # what was saved, by name
-    live: LiveSettings
-    seconds_left: float | None
-    error: str
-
-    @property
-    def done(self) -> bool:
-        return self.status in DONE
-
+__all__ = ["DONE", "Sample", "Snapshot", "TrainSession"]
 
 class TrainSession:
     """Fine-tune in the background: session = TrainSession(run); session.start(); await session.wait().
