@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from training import steps, train, until
 
 from rwkv_nb.config import replace
@@ -13,6 +14,7 @@ from rwkv_nb.generate import generate
 from rwkv_nb.lora.adapter import apply_adapter, load_adapter
 from rwkv_nb.lora.merge import merge
 from rwkv_nb.model import RWKV, Shape, fingerprint, init_weights, load_model, load_weights, save_weights
+from rwkv_nb.model.ai00 import to_ai00
 from rwkv_nb.runs import Run
 from rwkv_nb.tokenizer import get_tokenizer
 from rwkv_nb.train.session import TrainSession
@@ -89,3 +91,33 @@ def test_the_usual_linears_can_be_chosen_from(tmp_path, settings):
         "att.gate", "ffn.receptance"}
     assert json.loads(Run(tmp_path).settings_file.read_text())["lora"]["target_modules"] == [
         "att.gate", "ffn.receptance"]
+
+
+def test_an_older_adapter_with_its_time_tensors_merges_by_its_programs_formula(tmp_path, base):
+    weights = load_weights(base)
+    trained = {key: W.float() + 0.1 for key, W in weights.items() if "time" in key or "ln" in key}
+    expected = {key: trained.get(key, W.float()) for key, W in weights.items()}
+    for key in [key for key in weights if key.endswith(tuple(f"{name}.weight" for name in USUAL))]:
+        A, B = torch.randn(4, weights[key].shape[1]), 0.1 * torch.randn(weights[key].shape[0], 4)
+        trained |= {key.replace("weight", "lora_A"): A, key.replace("weight", "lora_B"): B}
+        expected[key] = expected[key] + 3 * B @ A
+    torch.save(trained, tmp_path / "rwkv-0.pth")
+    merged = merge(base, tmp_path / "rwkv-0.pth", tmp_path / "merged.pth", lora_alpha=12, dtype=torch.float32)
+    for key, W in load_weights(merged.path).items():
+        torch.testing.assert_close(W, expected[key], rtol=1e-5, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_ai00s_file_is_the_same_base(tmp_path, base):
+    weights = dict(to_ai00(key, W) for key, W in load_weights(base).items())
+    save_file({key: W.half().contiguous() for key, W in weights.items()}, tmp_path / "base.st")
+    ours, theirs = (load_model(path, dtype=torch.float32) for path in (base, tmp_path / "base.st"))
+    tokens = torch.randint(257, (2, 20))
+    torch.testing.assert_close(ours(tokens)[0], theirs(tokens)[0], rtol=0, atol=1e-3)
+
+
+def test_chunks_of_a_text_give_the_whole_texts_gradient(tmp_path, settings):
+    whole, chunks = (train(tmp_path / str(n), replace(settings, chunk_ctx=n, lora_dropout=0.0)) for n in (0, 7))
+    for a, b in zip(steps(whole.rows), steps(chunks.rows), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
