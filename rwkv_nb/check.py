@@ -136,12 +136,12 @@ def _compiler() -> Finding:
 
 
 def _kernels() -> Iterator[Finding]:
-    """Every way to compute WKV-7 against its definition in float64; the C++ kernel is built if it is not yet."""
+    """Every way to compute WKV-7, -6 and -5 against the definition in float64; the C++ kernel is built if need be."""
     for op, error, right, why_not in self_test():
         if why_not:
-            yield Finding(f'WKV-7 "{op}"', "cannot run here", why_not, needed=False)
+            yield Finding(f'WKV "{op}"', "cannot run here", why_not, needed=False)
         else:
-            yield Finding(f'WKV-7 "{op}"', f"self-test: largest error {error:.0e}",
+            yield Finding(f'WKV "{op}"', f"self-test: largest error {error:.0e}",
                           "" if right else "it computes wrong numbers: use another op, and please report it")
 
 

@@ -14,7 +14,7 @@ def report():
 def test_this_machine_passes_its_own_tests(report):
     assert report.everything_needed, report
     by_name = {finding.name: finding for finding in report}
-    assert not by_name['WKV-7 "torch"'].mend and not by_name['WKV-7 "chunked"'].mend
+    assert not by_name['WKV "torch"'].mend and not by_name['WKV "chunked"'].mend
     assert {"Python", "torch", "ipywidgets", "GPU", "C++ compiler", "System", "Disk"} <= set(by_name)
 
 

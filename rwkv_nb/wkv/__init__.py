@@ -14,7 +14,7 @@ from . import kernels, reference
 from .build import compiler_info
 from .selftest import self_test
 
-__all__ = ["OPS", "compiler_info", "pick_op", "self_test", "wkv5", "wkv6", "wkv7"]
+__all__ = ["OPS", "WKV", "compiler_info", "pick_op", "self_test", "versions", "wkv5", "wkv6", "wkv7"]
 
 
 class _Op(NamedTuple):
@@ -56,6 +56,14 @@ def wkv6(r, w, k, v, u, state=None, *, op="auto"):
 def wkv5(r, w, k, v, u, state=None, *, op="auto"):
     """RWKV-5's recurrence. As `wkv6`, with one w [H,N] for all steps ("time_decay")."""
     return _run(5, op, state, r=r, w=w, k=k, v=v, u=u)
+
+
+WKV = {7: wkv7, 6: wkv6, 5: wkv5}
+
+
+def versions(op) -> tuple[int, ...]:
+    """The versions of RWKV that an op can compute."""
+    return tuple(_TABLE[op].forms)
 
 
 def pick_op(op, device, dtype=torch.float32, version=7) -> str:

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import itertools
 
+import fla_naive
 import numpy as np
 import pytest
 import torch
@@ -13,15 +14,13 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rwkv_nb.errors import KernelError
-from rwkv_nb.wkv import pick_op, self_test, wkv5, wkv6, wkv7
-from rwkv_nb.wkv.selftest import outputs_and_grads, realistic_inputs
+from rwkv_nb.wkv import WKV, pick_op, self_test, wkv5, wkv6, wkv7
+from rwkv_nb.wkv.selftest import outputs_and_grads, realistic_inputs, relative_error
 
-WKV = {7: wkv7, 6: wkv6, 5: wkv5}
-COMPILED = (7, 6, 5)  # versions with a kernel for CPUs
 INPUTS = {7: "rwkvab", 6: "rwkvu", 5: "rwkvu"}
-FAST = [(7, "chunked"), (6, "chunked"), (5, "chunked"), *((v, "cpu") for v in COMPILED)]
+FAST = list(itertools.product(WKV, ("chunked", "cpu")))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-CASES = [(version, op, dtype) for (version, op), dtype in itertools.product([(v, "torch") for v in WKV] + FAST, DTYPES)
+CASES = [(version, op, dtype) for version, op, dtype in itertools.product(WKV, ("torch", "chunked", "cpu"), DTYPES)
          if op != "cpu" or dtype != torch.float64]
 
 
@@ -137,15 +136,26 @@ def by_the_formula(version, r, w, k, v, *rest):
 @pytest.mark.parametrize("version", WKV)
 @pytest.mark.parametrize("op", ["torch", "chunked"])
 def test_definition_against_the_formula_in_numpy(version, op):
-    """By hand, once, all ops of WKV-7 also agreed with fla's naive_recurrent_rwkv7 (float64: 4e-14) and its
-    dplr_recurrence (float32: 3e-7), output and all gradients, T in {1, 17, 100}. Present releases of fla no longer
-    carry the former, so it is no dependency of this test."""
     inputs = [x.double() for x in realistic_inputs(2, 19, 2, 5, version=version, wide=True)]
     y, last = WKV[version](*inputs, op=op)
     for b, h in np.ndindex(2, 2):
         one = [(x[h] if x.dim() == 2 else x[b, h] if x is inputs[-1] else x[b, :, h]).numpy() for x in inputs]
         for out, expected in zip((y[b, :, h], last[b, h]), by_the_formula(version, *one), strict=True):
             np.testing.assert_allclose(out.numpy(), expected, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("version", WKV)
+def test_against_fla(version):
+    """Somebody else's definition, in float32. By hand, once, WKV-7 also agreed with the naive_recurrent_rwkv7 of
+    earlier releases (float64: 4e-14), output and all gradients."""
+    theirs = fla_naive.load()
+    if not theirs:
+        pytest.skip("flash-linear-attention is not installed")
+    inputs, upstream, _ = case(version, 64, 3, 2, 64, True, False, torch.float32)
+    expected = outputs_and_grads(theirs[version], inputs, upstream, torch.float32)
+    for op in ("torch", "chunked", "cpu"):
+        out = outputs_and_grads(WKV[version], inputs, upstream, torch.float32, op=op)
+        assert max(map(relative_error, out, expected)) < 2e-6
 
 
 @pytest.mark.parametrize("version", WKV)
@@ -171,7 +181,7 @@ def test_a_sequence_in_two_pieces(version, op):
     check(version, outputs_and_grads(in_pieces, inputs, upstream, torch.float32), reference)
 
 
-@pytest.mark.parametrize("version", COMPILED)
+@pytest.mark.parametrize("version", WKV)
 @pytest.mark.parametrize("which", ["y", "state"])
 def test_only_one_result_used(version, which):
     inputs, _, _ = case(version, 17, 3, 2, 64, True, False, torch.float32)
@@ -185,7 +195,7 @@ def test_only_one_result_used(version, which):
         assert (x - ref).norm() <= 2e-6 * max(ref.norm(), 1)
 
 
-@pytest.mark.parametrize("version", COMPILED)
+@pytest.mark.parametrize("version", WKV)
 def test_cpu_op_takes_any_strides_and_mixed_dtypes(version):
     B, T, H, N = 2, 19, 3, 64
     *inputs, state = realistic_inputs(B, T, H, N, version=version)
@@ -207,7 +217,7 @@ def test_cpu_op_takes_any_strides_and_mixed_dtypes(version):
     check(version, got, [x.double() for x in run(plain, "cpu")])
 
 
-@pytest.mark.parametrize("version", COMPILED)
+@pytest.mark.parametrize("version", WKV)
 def test_cpu_op_does_not_depend_on_the_number_of_threads(version):
     inputs, upstream, _ = case(version, 64, 1, 1, 64, True, False, torch.float32)
     runs = []
@@ -230,7 +240,7 @@ class Recorded(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("version", COMPILED)
+@pytest.mark.parametrize("version", WKV)
 @pytest.mark.parametrize("op, dtype, ran", [("auto", torch.float32, "cpu"), ("auto", torch.bfloat16, "cpu"),
                                             ("auto", torch.float64, "chunked"), ("cpu", torch.float16, "cpu"),
                                             ("chunked", torch.float32, "chunked"), ("torch", torch.float32, "torch")])
@@ -244,7 +254,7 @@ def test_which_op_ran(version, op, dtype, ran):
     assert ("aten::tril" in record.names) == (ran == "chunked")
 
 
-@pytest.mark.parametrize("version", COMPILED)
+@pytest.mark.parametrize("version", WKV)
 def test_nothing_is_saved_without_grad(version):
     inputs = realistic_inputs(1, 20, 1, 8, version=version)[:-1]
     pick_op("cpu", "cpu")
@@ -252,7 +262,7 @@ def test_nothing_is_saved_without_grad(version):
     assert WKV[version](*inputs, op="cpu")[0].grad_fn is None
 
 
-@pytest.mark.parametrize("version", COMPILED)
+@pytest.mark.parametrize("version", WKV)
 @pytest.mark.parametrize("op", ["auto", "cpu"])
 def test_torch_compile_holds_the_cpu_op(version, op):
     inputs = [x.requires_grad_() for x in realistic_inputs(1, 20, 2, 16, version=version)[:-1]]
