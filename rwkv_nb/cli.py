@@ -71,6 +71,8 @@ def _parser() -> argparse.ArgumentParser:
     for field in config.leaf_fields(Settings()):
         _add_flag(train, field)
     train.add_argument("--peft_config", type=_peft_config, help='r, lora_alpha, lora_dropout, target_modules as JSON')
+    train.add_argument("--preset", choices=tuple(config.PRESETS), help="speed against memory; sets " + ", ".join(
+        config.PRESETS["small"]))
     train.add_argument("--start", choices=("auto", "resume", "fresh"), default="auto",
                        help="auto goes on from an unfinished checkpoint of the same settings")
     train.set_defaults(command=_train, parser=train)
@@ -98,6 +100,8 @@ def _add_flag(parser, field) -> None:
     text, default = field.metadata, field.default
     kind = {"type": type(default)} if not isinstance(default, tuple) else {"nargs": "+"}
     unit = f" [{text['unit']}]" if text["unit"] else ""
+    if text["aliases"]:
+        kind["type"] = lambda word: text["aliases"].get(word, word)
     parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, choices=text["choices"] or None,
                         metavar=None if text["choices"] else field.name.upper(),
                         help=f"{text['en']}{unit} (default: {default})".replace("%", "%%"), **kind)
@@ -133,7 +137,7 @@ def flags_of(arguments: argparse.Namespace) -> dict:
     if twice := [name for name in lora if flags.get(name, lora[name]) != lora[name]]:
         raise SettingsError(f"{twice[0]} is {flags[twice[0]]} and, in peft_config, {lora[twice[0]]}", where=twice[0],
                             fix="give it once")
-    return flags | lora
+    return config.PRESETS.get(arguments.preset, {}) | flags | lora
 
 
 def _import(arguments) -> int:

@@ -16,9 +16,11 @@ from typing import Any
 from .errors import SettingsError
 
 
-def _option(default: Any, en: str, zh: str, *, unit: str = "", choices: tuple = (), low=None, high=None):
-    """A documented dataclass field. low and high are inclusive bounds, in the field's unit."""
-    text = {"en": en, "zh": zh, "unit": unit, "choices": choices, "low": low, "high": high}
+def _option(default: Any, en: str, zh: str, *, unit: str = "", choices: tuple = (), low=None, high=None,
+            aliases: tuple = ()):
+    """A documented dataclass field. low and high are inclusive bounds, in the field's unit. aliases: pairs of another
+    word for a choice, and the choice."""
+    text = {"en": en, "zh": zh, "unit": unit, "choices": choices, "low": low, "high": high, "aliases": dict(aliases)}
     return dataclasses.field(default=default, metadata=text)
 
 
@@ -146,8 +148,21 @@ class TrainSettings:
                              "GPUs; fp16 scales the loss by itself; tf32 is fp32 with shorter products, GPUs only",
                              "训练精度,显卡上一般用 bf16;fp16 自动缩放损失;tf32 仅限显卡",
                              choices=("fp32", "tf32", "fp16", "bf16"))
-    grad_cp: int = _option(0, "gradient checkpointing: 1 recomputes each block in backward to save memory",
-                           "梯度检查点:1 省显存但更慢,0 更快", choices=(0, 1))
+    grad_cp: str = _option(
+        "none", "gradient checkpointing: block keeps only each block's input and computes the rest again in backward, "
+        "selective keeps the results of WKV too; 0 and 1 mean none and block",
+        "梯度检查点:block 最省显存但更慢,selective 另存 WKV 结果,none 最快;0 和 1 即 none 和 block",
+        choices=("none", "selective", "block"), aliases=(("0", "none"), ("1", "block")))
+    quant: str = _option("none", "how the frozen linears of attention and FFN are held; int8 and nf4 need bitsandbytes",
+                         "冻结线性层的存储精度;int8、nf4 需安装 bitsandbytes", choices=("none", "int8", "nf4"))
+    quant_double: int = _option(1, "nf4: 1 holds the scales of its blocks in 8 bits too", "nf4 双重量化",
+                                choices=(0, 1))
+    quant_head: int = _option(0, "1 holds the head in int8", "1 表示输出层(head)用 int8 存储", choices=(0, 1))
+    emb_cpu: int = _option(0, "1 leaves the embedding in the CPU's memory", "1 表示词嵌入留在内存",
+                           choices=(0, 1))
+    adam_state: str = _option("fp32", "AdamW's two averages: 8, 4 or 2 bytes a trained parameter; 8bit needs "
+                              "bitsandbytes", "AdamW 状态精度;8bit 需安装 bitsandbytes",
+                              choices=("fp32", "bf16", "8bit"))
     chunk_ctx: int = _option(0, "tokens worked on at once, for a ctx_len beyond memory: the state is carried on and "
                              "the gradient is exact (infctx); 0 takes each document whole",
                              "超长上下文:每次处理的 token 数,状态连续传递、梯度精确;0 为不分块", unit="tokens", low=0)
@@ -181,6 +196,21 @@ class TrainSettings:
                          "wandb 项目名;无账号时离线记录")
     checkpoint_seconds: float = _option(60.0, "a checkpoint to resume from is written this often",
                                         "保存断点的间隔", unit="seconds", low=0)
+
+
+    def __post_init__(self):
+        for f in dataclasses.fields(self):
+            value = str(getattr(self, f.name))
+            if value in f.metadata.get("aliases", ()):
+                object.__setattr__(self, f.name, f.metadata["aliases"][value])
+
+
+# What each preset sets; quant is chosen beside it. small: the least memory of a GPU, at the cost of speed.
+PRESETS = {
+    "fast": {"grad_cp": "none", "emb_cpu": 0, "quant_head": 0, "adam_state": "fp32"},
+    "balanced": {"grad_cp": "block", "emb_cpu": 1, "quant_head": 0, "adam_state": "fp32"},
+    "small": {"grad_cp": "block", "emb_cpu": 1, "quant_head": 1, "adam_state": "8bit", "quant_double": 1},
+}
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import LoraSettings
 from ..errors import SettingsError
+from ..quant import frozen_product
 from .parts import train_parts, trained_parts
 
 
@@ -40,7 +40,8 @@ class DropoutClock:
 
 
 class LoraLinear(nn.Linear):
-    """y = W x + strength · α/R · B A dropout(x); `.weight` stays the base's own, under the checkpoint's key.
+    """y = W x + strength · α/R · B A dropout(x); `.weight` stays the base's own, under the checkpoint's key (None where
+    the base is quantised: `.held` has it then).
 
     lora_A [R,in] and lora_B [out,R] are fp32 whatever the base's dtype; x and y are [..., in] and [..., out] in the
     base's dtype. dropout and strength may change at any time; strength 0 is the base exactly.
@@ -49,7 +50,8 @@ class LoraLinear(nn.Linear):
     def __init__(self, base: nn.Linear, r: int, alpha: float, dropout: float, generator: torch.Generator,
                  clock: DropoutClock, index: int):
         super().__init__(base.in_features, base.out_features, bias=False, device="meta")
-        self.weight, self.bias, device = base.weight, base.bias, base.weight.device
+        self.weight, self.bias, self.held = base.weight, base.bias, getattr(base, "held", None)
+        device = (self.held or self.weight).device
         A = nn.init.kaiming_uniform_(torch.empty(r, self.in_features), a=math.sqrt(5), generator=generator)
         self.lora_A = nn.Parameter(A.to(device))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, device=device))
@@ -63,52 +65,15 @@ class LoraLinear(nn.Linear):
         return self.alpha / self.r
 
     def forward(self, x: Tensor) -> Tensor:
+        W = self.held or self.weight
         if self.strength == 0:
-            return F.linear(x, self.weight, self.bias)
+            return frozen_product(x, W, self.bias)
         p = self.dropout if self.training else 0.0
-        seed = self.clock.mask_seed(self.index) if p else 0
-        return _LoraProduct.apply(x, self.weight, self.bias, self.lora_A, self.lora_B, self.scale * self.strength,
-                                  p, seed)
+        hits = _draw_hits(x.numel(), p, self.clock.mask_seed(self.index), x.device) if p else None
+        return frozen_product(x, W, self.bias, self.lora_A, self.lora_B, self.scale * self.strength / (1 - p), hits)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, r={self.r}, alpha={self.alpha:g}, dropout={self.dropout:g}"
-
-
-class _LoraProduct(torch.autograd.Function):
-    """Both paths in one node: the narrow path is added into the wide product in place, both ways, and backward keeps
-    dropout(x), the few places that were hit, and the [M,R] middle. Autograd's own graph would write and read each
-    [M,out] tensor once more."""
-
-    @staticmethod
-    def forward(ctx, x, W, bias, A, B, scale, p, seed):
-        rows = x.reshape(-1, x.shape[-1])                           # [M,in]
-        hits = _draw_hits(rows.numel(), p, seed, x.device) if p else None
-        kept = _zero(rows.clone(), hits) if p else rows
-        scale = scale / (1 - p)
-        middle = kept @ A.to(x.dtype).t()                           # [M,R]
-        y = F.linear(rows, W, bias).addmm_(middle, B.to(x.dtype).t(), alpha=scale)
-        ctx.save_for_backward(kept, hits, middle, W, A, B)
-        ctx.scale, ctx.shape = scale, x.shape
-        return y.view(*x.shape[:-1], -1)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
-        kept, hits, middle, W, A, B = ctx.saved_tensors
-        need_x, _, _, need_A, need_B = ctx.needs_input_grad[:5]
-        dy = dy.reshape(-1, dy.shape[-1])                           # [M,out]
-        d_middle = dy @ (B * ctx.scale).to(dy.dtype)                # [M,R]
-        dx = dA = dB = None
-        if need_x:
-            dx = d_middle @ A.to(dy.dtype)
-            if hits is not None:
-                dx = _zero(dx, hits)
-            dx = dx.addmm_(dy, W).view(ctx.shape)
-        if need_A:
-            dA = (d_middle.t() @ kept).to(A.dtype)
-        if need_B:
-            dB = (dy.t() @ middle).to(B.dtype).mul_(ctx.scale)
-        return dx, None, None, dA, dB, None, None, None
 
 
 def _draw_hits(n: int, p: float, seed: int, device: torch.device) -> Tensor:
@@ -121,16 +86,6 @@ def _draw_hits(n: int, p: float, seed: int, device: torch.device) -> Tensor:
     uniform = torch.rand(enough, generator=generator, device=device)
     gaps = uniform.neg_().log1p_().div_(math.log1p(-p)).long().add_(1)
     return gaps.cumsum_(0).sub_(1)
-
-
-def _zero(x: Tensor, hits: Tensor) -> Tensor:
-    """x with the elements that were hit set to 0, in place."""
-    flat, end = x.view(-1), x.numel() - 1
-    # hits beyond the end are moved onto the last element, which then gets back what it is due: cutting them off
-    # would make a GPU wait for the CPU to learn how many they are
-    last = flat[-1] * (hits != end).all()
-    flat.index_fill_(0, hits.clamp(max=end), 0)[-1] = last
-    return x
 
 
 def attach(model: nn.Module, lora: LoraSettings, seed: int) -> list[str]:

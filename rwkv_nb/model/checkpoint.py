@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from ..quant import Held, QuantLinear
 from ..runs import atomic_path
 from .ai00 import from_ai00, read_safetensors
 from .rwkv import RWKV
@@ -85,18 +86,39 @@ def check_keys(weights: Mapping[str, Tensor], shape: Shape, where="") -> None:
                               where=where, fix="use a whole, unchanged base model")
 
 
-def load_model(path: str | Path, *, device="cpu", dtype: torch.dtype | None = None) -> RWKV:
+def load_model(path: str | Path, *, device="cpu", dtype: torch.dtype | None = None, quant: str = "none",
+               quant_double: bool = True, quant_head: bool = False, emb_cpu: bool = False) -> RWKV:
     """The model in a .pth, its shape read from the file; dtype None keeps the file's.
 
-    Raises CheckpointError for damaged files, versions to come, and keys that do not fit (all are named).
+    quant: "int8" or "nf4" holds the linears of att and ffn in fewer bytes, quant_head the head in int8; each matrix is
+    quantised as it is read, so that the whole model never exists in `dtype`. emb_cpu leaves the embedding on the CPU.
+    Raises CheckpointError for damaged files, versions to come, and keys that do not fit (all are named), SettingsError
+    where quantising is not possible here.
     """
     weights = load_weights(path)
     shape = read_shape(weights)
     check_keys(weights, shape, where=path)
     model = RWKV(shape, device="meta")
-    model.load_state_dict({k: v.to(device=device, dtype=dtype or v.dtype) for k, v in weights.items()},
-                          strict=True, assign=True)
+    if emb_cpu:
+        model.emb = HostEmbedding(shape.vocab_size, shape.n_embd, device="meta")
+    plain = {}
+    for key, W in weights.items():
+        kind = ("int8" if quant_head else "none") if key == "head.weight" else quant
+        name, on = key.removesuffix(".weight"), "cpu" if emb_cpu and key == "emb.weight" else device
+        if kind != "none" and isinstance(model.get_submodule(name) if name != key else None, nn.Linear):
+            held = Held(W.to(on), kind, dtype=dtype or W.dtype, double=quant_double)
+            model.set_submodule(name, QuantLinear(held))
+        else:
+            plain[key] = W.to(device=on, dtype=dtype or W.dtype)
+    model.load_state_dict(plain, strict=True, assign=True)
     return model
+
+
+class HostEmbedding(nn.Embedding):
+    """An embedding that stays on the CPU: only the rows of the tokens at hand cross to the tokens' device."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return super().forward(tokens.cpu()).to(tokens.device)
 
 
 def fingerprint(path: str | Path) -> str:

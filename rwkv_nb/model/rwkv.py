@@ -6,11 +6,12 @@ Axes: B batch, T time, C channels, H heads, N head size, V vocabulary, L layers.
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from . import rwkv5, rwkv6, rwkv7
 from .shape import Shape
@@ -53,6 +54,15 @@ class Block(nn.Module):
         return x + self.ffn(z, ffn_x), v_first, att_x, wkv, z[:, -1]
 
 
+def _keep_wkv():
+    """Selective checkpointing's contexts: results of our compiled operators are kept, all else is computed again."""
+    def policy(_, op, *args, **kwargs):
+        ours = getattr(op, "namespace", "") == "rwkv_nb"
+        return CheckpointPolicy.MUST_SAVE if ours else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
 class RWKV(nn.Module):
     """The model of a shape, its version too. Parameters are empty until loaded (.checkpoint) or initialised (.init)."""
 
@@ -73,22 +83,25 @@ class RWKV(nn.Module):
         wkv = torch.zeros(s.n_layer, batch, s.n_head, s.head_size, s.head_size, device=weight.device)
         return State(x, wkv, x)
 
-    def hidden(self, tokens: Tensor, state: State | None = None, *, op="auto", grad_cp=False) -> tuple[Tensor, State]:
-        """tokens int64 [B,T] → hidden [B,T,C] behind ln_out, and the state after the last token.
+    def hidden(self, tokens: Tensor, state: State | None = None, *, op="auto", grad_cp="none",
+               keep_state=True) -> tuple[Tensor, State | None]:
+        """tokens int64 [B,T] → hidden [B,T,C] behind ln_out, and the state after the last token (None if not kept).
 
-        state None starts a text. grad_cp recomputes each block in backward (Chen et al. 2016, arXiv 1604.06174).
+        state None starts a text. grad_cp "block" recomputes each block in backward (Chen et al. 2016, arXiv
+        1604.06174), "selective" all of it but compiled WKV operators.
         """
-        x, v_first = self.emb(tokens), None
-        state = state or self.zero_state(tokens.shape[0])
-        after = []
-        for block, *before in zip(self.blocks, *state, strict=True):
-            if grad_cp and torch.is_grad_enabled():
-                out = checkpoint(block, x, v_first, *before, op, use_reentrant=False, preserve_rng_state=False)
+        x, v_first, after = self.emb(tokens), None, []
+        zeros = x.new_zeros(len(x), self.shape.n_embd)
+        befores = zip(*state, strict=True) if state else itertools.repeat((zeros, None, zeros), len(self.blocks))
+        kept = {"context_fn": _keep_wkv} if grad_cp == "selective" else {}
+        for block, before in zip(self.blocks, befores, strict=True):
+            if grad_cp != "none" and torch.is_grad_enabled():
+                out = checkpoint(block, x, v_first, *before, op, use_reentrant=False, preserve_rng_state=False, **kept)
             else:
                 out = block(x, v_first, *before, op)
             x, v_first = out[:2]
-            after.append(out[2:])
-        return self.ln_out(x), State(*(torch.stack(part) for part in zip(*after, strict=True)))
+            after += [out[2:]] if keep_state else []
+        return self.ln_out(x), State(*map(torch.stack, zip(*after, strict=True))) if keep_state else None
 
     def forward(self, tokens: Tensor, state: State | None = None, *, op="auto") -> tuple[Tensor, State]:
         """tokens int64 [B,T] → logits [B,T,V], state."""

@@ -38,6 +38,7 @@ from .checkpoint import Checkpoint
 from .infctx import backward_by_chunks
 from .log import Logs
 from .loss import head_loss
+from .optimizer import make_optimizer
 from .ranks import Ranks
 from .schedule import learning_rate
 
@@ -96,7 +97,9 @@ class Trainer:
         if t.precision == "tf32" and self.device.type == "cpu":
             raise SettingsError("tf32 is a GPU's arithmetic", where="precision", fix="use fp32 or bf16 on a CPU")
         torch.backends.cuda.matmul.allow_tf32 = t.precision == "tf32"
-        self.model = load_model(t.load_model, device=self.device, dtype=DTYPES[t.precision])
+        self.model = load_model(t.load_model, device=self.device, dtype=DTYPES[t.precision], quant=t.quant,
+                                quant_double=bool(t.quant_double), quant_head=bool(t.quant_head),
+                                emb_cpu=bool(t.emb_cpu))
         check_shape(t, self.model.shape)
         self.base = fingerprint(t.load_model)
         self.tokenizer = get_tokenizer(settings.data.tokenizer, self.model.shape.vocab_size)
@@ -104,8 +107,7 @@ class Trainer:
         attach(self.model, settings.lora, t.random_seed)
         self.model.train()
         self.parameters = list(adapter_parameters(self.model))
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=t.live.lr_init, betas=(t.beta1, t.beta2),
-                                           eps=t.adam_eps, weight_decay=t.weight_decay, fused=True)
+        self.optimizer = make_optimizer(self.parameters, t)
         self.documents, self.heldout = open_split(settings.data, self.tokenizer)
         if t.eval_file:
             apart = dataclasses.replace(settings.data, data_file=t.eval_file, heldout=0.0, repeat=1.0, mix_file="")
@@ -231,12 +233,12 @@ class Trainer:
         def draw(chunk: int) -> None:
             set_dropout_step(self.model, t.random_seed, self.step, f"{micro}.{chunk}", dropout)
 
-        how = {"op": self.op, "grad_cp": bool(t.grad_cp)}
+        how = {"op": self.op, "grad_cp": t.grad_cp}
         if t.chunk_ctx:
             return backward_by_chunks(self.model, batch, n_trained, t.chunk_ctx, truncated=bool(t.truncated_bptt),
                                       scale=self._scale, before_chunk=draw, **how)
         draw(0)
-        hidden, _ = self.model.hidden(batch.inputs, **how)
+        hidden, _ = self.model.hidden(batch.inputs, keep_state=False, **how)
         loss, ce = head_loss(hidden, self.model.head, batch.targets, batch.mask, n_trained)
         (loss * self._scale).backward()
         return ce

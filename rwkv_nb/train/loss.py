@@ -7,10 +7,16 @@ accumulation gives the gradient of one large batch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
+from ..quant import QuantLinear
+
 MAX_LOGIT = 1e-4
+HEAD_ROWS = 8192   # rows of an int8 head that are dense at once
 SLICE = 2**19  # logits that a CPU works on at once: 2 MB in fp32
 
 
@@ -33,20 +39,23 @@ class _HeadLoss(torch.autograd.Function):
         wanted = any(ctx.needs_input_grad)
         d_hidden, *d_parameters = grads = [torch.zeros_like(x) for x in (hidden, *parameters)]
         sums = torch.zeros(2, device=hidden.device)
-        # The usual head is two products through one buffer: touching new memory for each chunk's logits costs a CPU
+        # A frozen head is two products through one buffer: touching new memory for each chunk's logits costs a CPU
         # about a third of the product itself.
-        weight = head.weight if type(head) is nn.Linear and head.bias is None and not parameters else None
-        buffer = None if weight is None else hidden.new_empty(min(chunk, len(hidden)), len(weight))
+        slices = None if parameters else _weight_slices(head)
+        buffer = None if slices is None else hidden.new_empty(min(chunk, len(hidden)), head.out_features)
         for h, t, d_h in zip(hidden.split(chunk), targets.split(chunk), d_hidden.split(chunk), strict=True):
-            if weight is not None:
-                logits = torch.mm(h, weight.t(), out=buffer[:len(h)])
+            if slices is not None:
+                logits = buffer[:len(h)]
+                for rows, weight in slices:
+                    torch.mm(h, weight().t(), out=logits[:, rows])
             else:
                 h = h.detach().requires_grad_(wanted)
                 with torch.set_grad_enabled(wanted):
                     logits = head(h)
             sums += _loss_and_gradient(logits.detach(), t, wanted)  # logits hold their own gradient from here on
-            if wanted and weight is not None:
-                torch.mm(logits, weight, out=d_h)
+            if wanted and slices is not None:
+                for rows, weight in slices:  # d_h is 0 so far
+                    d_h.addmm_(logits[:, rows], weight())
             elif wanted:
                 parts = torch.autograd.grad(logits, [h, *parameters], logits.detach())
                 for total, part in zip([d_h, *d_parameters], parts, strict=True):
@@ -63,12 +72,23 @@ class _HeadLoss(torch.autograd.Function):
         return d_hidden, None, None, None, None, *d_parameters
 
 
+def _weight_slices(head: nn.Module) -> list[tuple[slice, Callable[[], Tensor]]] | None:
+    """Which rows of the vocabulary, and what gives a frozen head's weight for them: all of a dense one at once, a few
+    thousand rows of an int8 one at a time. None for any other head."""
+    if type(head) is nn.Linear and head.bias is None:
+        return [(slice(None), lambda: head.weight)]
+    if type(head) is QuantLinear and head.held.kind == "int8":
+        ranges = [slice(i, i + HEAD_ROWS) for i in range(0, head.out_features, HEAD_ROWS)]
+        return [(rows, partial(head.held.dense, rows)) for rows in ranges]
+    return None
+
+
 def _loss_and_gradient(logits: Tensor, targets: Tensor, with_gradient: bool) -> Tensor:
     """logits [M,V], targets [M] → (Σ ce, Σ max²), fp32 [2]. logits become N · d loss / d logits, in place.
 
     A CPU takes a few rows at a time, which stay in its caches from one pass to the next; fp32 copies are that small.
     """
-    rows = len(logits) if logits.is_cuda else SLICE // logits.shape[1]
+    rows = SLICE // logits.shape[1] if logits.device.type == "cpu" else len(logits)
     sums = torch.zeros(2, device=logits.device)
     for part, t in zip(logits.split(max(rows, 1)), targets[:, None].split(max(rows, 1)), strict=True):
         z = part.float()

@@ -42,7 +42,8 @@ def test_what_is_imported_is_required():
     """A module that only a dependency's dependency, or the tests, brings in is missing one day."""
     imported = {name for path in (ROOT / "rwkv_nb").rglob("*.py") for name in top_level_imports(path)}
     owners = packages_distributions()
-    required = {canonicalize_name(Requirement(text).name) for text in PROJECT["dependencies"]}
+    extras = [text for extra, texts in PROJECT["optional-dependencies"].items() if extra != "test" for text in texts]
+    required = {canonicalize_name(Requirement(text).name) for text in PROJECT["dependencies"] + extras}
     for name in imported - sys.stdlib_module_names - {"rwkv_nb", *COME_WITH_JUPYTERLAB}:
         assert required & {canonicalize_name(owner) for owner in owners[name]}, name
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rwkv_nb.train.loss import SLICE, head_loss
+from rwkv_nb.quant import Held, QuantLinear
+from rwkv_nb.train.loss import HEAD_ROWS, SLICE, head_loss
 
 
 def plain_loss(hidden, head, targets, mask, n_trained):
@@ -47,6 +48,18 @@ def test_large_vocabularies_are_worked_on_in_slices():
     torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
     grad, expected_grad = (torch.autograd.grad(loss, hidden)[0] for loss in (got, expected))
     assert_same(grad, expected_grad)
+
+
+def test_an_int8_head_is_made_dense_a_slice_at_a_time():
+    hidden, head, targets, mask = example(C=8, V=HEAD_ROWS + 300)
+    held = QuantLinear(Held(head.weight, "int8", dtype=torch.float32))
+    head.weight.copy_(held.held.dense())
+    n = int(mask.sum())
+    got, expected = (torch.autograd.grad(head_loss(hidden, h, targets, mask, n, chunk=7)[0], hidden)[0]
+                     for h in (held, head))
+    torch.testing.assert_close(head_loss(hidden, held, targets, mask, n)[0],
+                               plain_loss(hidden, head, targets, mask, n)[0], rtol=1e-6, atol=1e-6)
+    assert_same(got, expected)
 
 
 def test_a_trained_head_gets_its_gradient():
