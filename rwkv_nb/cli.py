@@ -151,10 +151,10 @@ def _import(arguments) -> int:
 
 
 def _train(arguments) -> int:
-    from .train.session import TrainSession
+    from .train.launch import session_for
 
     run, settings = settings_from(flags_of(arguments))
-    session = TrainSession(run, settings, start=arguments.start).start()
+    session = session_for(run, settings, start=arguments.start).start()
     before = signal.signal(signal.SIGTERM, lambda *_: session.stop())  # how a cluster says that time is up
     shown, said = 0.0, 0
     try:

@@ -175,6 +175,9 @@ class TrainSettings:
     accelerator: str = _option("auto", "device that computes", "计算设备", choices=("auto", "cpu", "gpu"))
     devices: int = _option(1, "GPUs of each machine, or processes on a CPU", "每台机器的显卡数量(CPU 为进程数)", low=1)
     num_nodes: int = _option(1, "machines; the same command runs on each, with its node_rank", "机器数量", low=1)
+    node_rank: int = _option(0, "number of this machine, from 0", "本机编号,从 0 开始", low=0)
+    master_addr: str = _option("", "with several machines: address and free port of machine 0, like 10.0.0.1:29500",
+                               "多机训练时 0 号机器的地址与端口,如 10.0.0.1:29500")
     strategy: str = _option(
         "auto", "how several devices share a run: ddp gives each the whole model, deepspeed_stage_1, 2, 3 share "
         "optimizer state, gradients and weights (an extra); auto is ddp, and one device needs none",
@@ -344,7 +347,12 @@ def check_together(settings: Settings) -> None:
          "use fp32 or bf16 on a CPU"),
         (t.live.lr_end and t.live.lr_end <= t.warmup_steps, "lr_end", "the schedule ends before the warm-up does",
          "raise lr_end or lower warmup_steps"),
-        (t.devices * t.num_nodes > 1, "devices", "several devices are not there yet", "set devices and num_nodes to 1"),
+        (t.node_rank >= t.num_nodes, "node_rank", f"node_rank {t.node_rank} of {t.num_nodes} machines",
+         "machines count from 0"),
+        (t.num_nodes > 1 and not t.master_addr, "master_addr", "several machines need an address to meet at",
+         "give machine 0's address and a free port, like 10.0.0.1:29500"),
+        (t.devices * t.num_nodes > 1 and t.strategy.startswith("deepspeed"), "strategy",
+         f"{t.strategy} is not there yet on several devices", "use ddp: LoRA has little state to share"),
     ):
         if wrong:
             raise SettingsError(what, where=name, fix=fix)

@@ -161,6 +161,14 @@ class Run:
             shutil.copy2(self.settings_file, aside)
         return aside
 
+    def in_use(self) -> bool:
+        """Whether a training process holds the folder now."""
+        try:
+            with self.lock():
+                return False
+        except RunError:
+            return True
+
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the folder for one training process; the system frees it if that process dies.

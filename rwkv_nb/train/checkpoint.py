@@ -63,7 +63,7 @@ def load_checkpoint(run: Run) -> Checkpoint | None:
 
 def differences(checkpoint: Checkpoint, settings: Settings) -> list[str]:
     """Settings in which a checkpoint's run differs from what is asked for now, other than live ones, in words."""
-    ignored = {"live", "proj_dir", "checkpoint_seconds"}
+    ignored = {"live", "proj_dir", "checkpoint_seconds", "devices", "num_nodes", "node_rank", "master_addr", "strategy"}
     found = []
     for part, then in checkpoint.settings.items():
         now = dataclasses.asdict(getattr(settings, part))

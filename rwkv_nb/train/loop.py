@@ -94,6 +94,8 @@ class Trainer:
         self.device = pick_device(t.accelerator, self.ranks.local)
         if self.device.type == "cpu":
             keep_freed_memory()
+        else:
+            torch.cuda.set_device(self.device)  # holds for this thread alone
         if t.precision == "tf32" and self.device.type == "cpu":
             raise SettingsError("tf32 is a GPU's arithmetic", where="precision", fix="use fp32 or bf16 on a CPU")
         torch.backends.cuda.matmul.allow_tf32 = t.precision == "tf32"
@@ -117,11 +119,19 @@ class Trainer:
             accumulate=t.live.accumulate_grad_batches, seed=t.random_seed, epoch_steps=t.epoch_steps,
             device="cpu" if t.chunk_ctx else self.device, dataload=settings.data.dataload,
             rank=self.ranks.rank, world_size=self.ranks.size)
+        self._agree()
         self.logs = Logs(run, write=not self.ranks.rank, wandb=t.wandb)
         self.step, self.epoch_loss = 0, [0.0, 0]
         self._scale, self._good = LARGEST_SCALE if t.precision == "fp16" else 1.0, 0
         self._losses, self._skips = deque(maxlen=SPIKE_WINDOW), 0
         self._stand()
+
+    def _agree(self) -> None:
+        """Raise SettingsError where another process of this run has another base or other data."""
+        for rank, (base, data) in enumerate(self.ranks.ask((self.base, self.batches.state()))):
+            if (base, data) != (self.base, self.batches.state()):
+                raise SettingsError(f"process {rank} of this run has another base or other data than {self.ranks.rank}",
+                                    where="load_model, data_file", fix="give every machine the same files")
 
     def _stand(self) -> None:
         """Where the run stands after its last completed step; it keeps saying so while the next one is under way."""

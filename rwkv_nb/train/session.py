@@ -6,7 +6,6 @@ both once per optimizer step. A panel paints from snapshot().
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import dataclasses
 import json
@@ -25,11 +24,12 @@ from ..runs import Run, write_text
 from .checkpoint import Checkpoint, differences, load_checkpoint
 from .loop import Trainer
 from .ranks import Ranks
-from .snapshot import DONE, Orders, Sample, Snapshot
+from .snapshot import DONE, Orders, Sample, Snapshot, Waiting
 
 __all__ = ["DONE", "Sample", "Snapshot", "TrainSession"]
 
-class TrainSession:
+
+class TrainSession(Waiting):
     """Fine-tune in the background: session = TrainSession(run); session.start(); await session.wait().
 
     run:      the run's folder, or its path
@@ -147,21 +147,6 @@ class TrainSession:
                 samples=tuple(self._samples), notices=tuple(self._notices), files=tuple(self._files),
                 live=self._live, seconds_left=None if pace is None else pace * (total - step),
                 error=str(self._error or ""))
-
-    async def wait(self) -> Snapshot:
-        """Wait for the end with the kernel free: `await session.wait()`. Raises what stopped the training."""
-        while not self.snapshot().done:
-            await asyncio.sleep(0.2)
-        return self.result()
-
-    def join(self) -> Snapshot:
-        """Wait for the end in a script; Ctrl-C stops the run with everything saved."""
-        while self._thread.is_alive():
-            try:
-                self._thread.join(0.2)
-            except KeyboardInterrupt:
-                self.stop()
-        return self.result()
 
     def result(self) -> Snapshot:
         """The last snapshot. Raises what stopped the training."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from dataclasses import dataclass
 
 from ..config import LiveSettings
@@ -48,3 +50,22 @@ class Snapshot:
     @property
     def done(self) -> bool:
         return self.status in DONE
+
+
+class Waiting:
+    """Waiting for the end of what has snapshot(), stop() and result()."""
+
+    async def wait(self) -> Snapshot:
+        """Wait for the end with the kernel free: `await session.wait()`. Raises what stopped the training."""
+        while not self.snapshot().done:
+            await asyncio.sleep(0.2)
+        return self.result()
+
+    def join(self) -> Snapshot:
+        """Wait for the end in a script; Ctrl-C stops the run with everything saved."""
+        while not self.snapshot().done:
+            try:
+                time.sleep(0.05)
+            except KeyboardInterrupt:
+                self.stop()
+        return self.result()

@@ -1,0 +1,206 @@
+"""A run in several processes, on one machine or more: torchrun starts them, files in the run's folder steer them.
+
+    notebook ── control.jsonl ──▶ first process ── orders, once a step ──▶ every process
+             ◀── status.json, metrics.jsonl ──
+
+The processes outlive the notebook's kernel: a new session on the same folder follows them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch.distributed as dist
+
+from .. import config
+from ..config import LiveSettings, Settings
+from ..errors import RunError, RwkvNbError, SettingsError, TrainingError
+from ..runs import Run, write_text
+from .loop import pick_device
+from .ranks import JoinedRanks
+from .session import TrainSession
+from .snapshot import DONE, Sample, Snapshot, Waiting
+
+SECONDS = 0.2   # between two looks at control.jsonl, and at least between two writings of status.json
+
+
+def session_for(run: Run | str, settings: Settings | None = None, **options) -> TrainSession | LaunchedSession:
+    """The session that fits the settings: in this process for one device, in processes of their own for more."""
+    run = run if isinstance(run, Run) else Run(run)
+    settings = settings or run.settings()
+    many = settings.train.devices * settings.train.num_nodes > 1
+    return (LaunchedSession if many else TrainSession)(run, settings, **options)
+
+
+class LaunchedSession(Waiting):
+    """What a TrainSession is, for a run in processes of its own: the same controls, the same snapshots."""
+
+    def __init__(self, run: Run | str, settings: Settings | None = None, *, prompts: Sequence[str] = (),
+                 start: str = "auto", max_tokens: int = 60):
+        self.run = run if isinstance(run, Run) else Run(run)
+        self.settings = settings or self.run.settings()
+        config.check(self.settings)
+        config.check_together(self.settings)
+        self._options = {"prompts": list(prompts), "start": start, "max_tokens": max_tokens}
+        self._live, self._paused, self._process, self._started = self.settings.train.live, False, None, False
+        self._rows, self._read = [], 0
+        self._file = {name: self.run.folder / name for name in ("control.jsonl", "status.json")}
+        node = self.settings.train.node_rank
+        self._plan, self._log = (self.run.folder / f"launch-{node}.{kind}" for kind in ("json", "log"))
+
+    def start(self) -> LaunchedSession:
+        """Start the processes and return at once; where they are at work on this folder already, follow them."""
+        if self._started:
+            raise RunError("this session has been started already", where=self.run.folder, fix="make a new one")
+        self._started = True
+        if self.run.in_use():
+            return self
+        t = self.settings.train
+        self.run.folder.mkdir(parents=True, exist_ok=True)
+        if not t.node_rank:
+            for path in self._file.values():
+                path.unlink(missing_ok=True)
+        write_text(self._plan, json.dumps({"settings": dataclasses.asdict(self.settings), **self._options}))
+        threads = str(max(1, len(os.sched_getaffinity(0)) // t.devices))  # torchrun would give each process one
+        with open(self._log, "w", encoding="utf-8") as log:
+            self._process = subprocess.Popen(
+                [*torchrun(t), "-m", "rwkv_nb.train.launch", str(self._plan)], stdout=log, stderr=log,
+                stdin=subprocess.DEVNULL, start_new_session=True, env={"OMP_NUM_THREADS": threads, **os.environ})
+        return self
+
+    def _send(self, what: str, **values) -> None:
+        with open(self._file["control.jsonl"], "a", encoding="utf-8") as f:
+            f.write(json.dumps({"do": what, "values": values}) + "\n")
+
+    def pause(self) -> None:
+        """Hold every process after the optimizer step that is under way."""
+        self._paused = True
+        self._send("pause")
+
+    def resume(self) -> None:
+        """Go on after pause()."""
+        self._paused = False
+        self._send("resume")
+
+    @property
+    def paused(self) -> bool:
+        """From pause() to resume()."""
+        return self._paused
+
+    def stop(self) -> None:
+        """Save a checkpoint and an adapter after the step under way, then end all processes."""
+        self._send("stop")
+
+    def save_now(self) -> None:
+        """Save an adapter and a checkpoint after the step under way; also while paused."""
+        self._send("save_now")
+
+    def change(self, **changes) -> LiveSettings:
+        """Change LiveSettings by name in every process, from the next optimizer step on."""
+        self._live = config.replace(self._live, **changes)
+        self._send("change", **changes)
+        return self._live
+
+    def snapshot(self) -> Snapshot:
+        """The run as its first process last wrote it down."""
+        told = {"status": "preparing" if self._started else "ready"}
+        alive = self._process.poll() is None if self._process else self._started and self.run.in_use()
+        with contextlib.suppress(OSError, ValueError):
+            told = json.loads(self._file["status.json"].read_text(encoding="utf-8")) if self._started else told
+        if self._started and not alive and told["status"] not in DONE:
+            well = self._process and self._process.returncode == 0      # a machine that has not the first process
+            told |= {"status": "finished"} if well else {"status": "failed", "error": self._last_words()}
+        live = told.pop("live", None)
+        return Snapshot(**{
+            "step": 0, "total_steps": 0, "epochs": 0.0, "notices": (), "files": (), "seconds_left": None, "error": "",
+            **told, "rows": self._new_rows(), "samples": tuple(Sample(**s) for s in told.get("samples", ())),
+            "live": config.from_dict(LiveSettings, live) if live else self._live})
+
+    def _new_rows(self) -> tuple[dict, ...]:
+        """metrics.jsonl, of which only what is new is read; a resumed run begins by cutting it."""
+        path = self.run.metrics_file
+        size = path.stat().st_size if self._started and path.exists() else 0
+        if size < self._read:
+            self._rows, self._read = [], 0
+        if size > self._read:
+            with open(path, "rb") as f:
+                f.seek(self._read)
+                whole = f.read().rpartition(b"\n")[0]
+            self._rows += [json.loads(line) for line in whole.splitlines()]
+            self._read += len(whole) + 1 if whole else 0
+        return tuple(self._rows)
+
+    def _last_words(self) -> str:
+        log = self._log.read_text(encoding="utf-8", errors="replace") if self._log.exists() else ""
+        return f"the processes of this run ended; {self._log.name} ends in\n" + "\n".join(log.splitlines()[-12:])
+
+    def result(self) -> Snapshot:
+        """The last snapshot. Raises TrainingError with what stopped the training."""
+        now = self.snapshot()
+        if now.status == "failed":
+            raise TrainingError(now.error, where=self.run.folder, fix="mend it and start again: the last checkpoint is "
+                                                                      "whole")
+        return now
+
+
+def torchrun(t: config.TrainSettings) -> list[str]:
+    """The command that starts this machine's processes; what they run is to follow."""
+    where = ["--standalone"]
+    if t.num_nodes > 1:
+        host, _, port = t.master_addr.partition(":")
+        if not (host and port.isdigit()):
+            raise SettingsError(f"master_addr is {t.master_addr!r}", where="master_addr",
+                                fix="give the first machine's address and a free port, like 10.0.0.1:29500")
+        where = ["--nnodes", str(t.num_nodes), "--node_rank", str(t.node_rank), "--master_addr", host,
+                 "--master_port", port]
+    return [sys.executable, "-m", "torch.distributed.run", *where, "--nproc_per_node", str(t.devices)]
+
+
+def work(plan: Path) -> int:
+    """One process of a run, started by torchrun; the first one obeys control.jsonl and writes status.json."""
+    asked, folder = json.loads(plan.read_text(encoding="utf-8")), plan.parent
+    settings = config.from_dict(Settings, asked.pop("settings"))
+    local = int(os.environ["LOCAL_RANK"])
+    device = pick_device(settings.train.accelerator, local)
+    ranks = JoinedRanks(local, device.type == "cuda")
+    session = TrainSession(Run(folder), settings, ranks=ranks, **asked)
+    signal.signal(signal.SIGTERM, lambda *_: session.stop())
+    session.start()
+    control, obeyed = folder / "control.jsonl", 0
+    while True:
+        now = session.snapshot()
+        if ranks.rank == 0:
+            lines = control.read_bytes().split(b"\n")[:-1] if control.exists() else []
+            for line in lines[obeyed:]:
+                order = json.loads(line)
+                getattr(session, order["do"])(**order["values"])
+            obeyed = len(lines)
+            told = dataclasses.asdict(dataclasses.replace(now, rows=()))
+            write_text(folder / "status.json", json.dumps({k: v for k, v in told.items() if k != "rows"}))
+        if now.done:
+            break
+        time.sleep(SECONDS)
+    try:
+        session.result()
+    except RwkvNbError as error:
+        print(f"error in process {ranks.rank}: {error}", file=sys.stderr)
+        return 1
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(work(Path(sys.argv[1])))

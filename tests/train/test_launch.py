@@ -1,0 +1,100 @@
+"""Two processes on this machine: the same run as one, steered from outside, and nothing lost when one dies."""
+
+import os
+import signal
+
+import pytest
+import torch
+from training import steps, train, until
+
+from rwkv_nb.config import check_together, replace
+from rwkv_nb.errors import SettingsError, TrainingError
+from rwkv_nb.lora.adapter import load_adapter
+from rwkv_nb.runs import Run
+from rwkv_nb.train.launch import LaunchedSession, session_for, torchrun
+from rwkv_nb.train.session import TrainSession
+
+pytestmark = pytest.mark.xdist_group("processes")
+
+
+@pytest.fixture
+def two(settings, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return replace(settings, devices=2, accelerator="cpu", micro_bsz=2, lora_dropout=0.0, lr_init=3e-3)
+
+
+def test_two_processes_equal_one_are_steered_and_go_on_as_one(tmp_path, two):
+    """One launch for all of it: starting processes is what takes the time."""
+    session = session_for(tmp_path / "two", replace(two, epoch_count=6), prompts=["User: red\n\nAssistant:"],
+                          max_tokens=2)
+    assert isinstance(session, LaunchedSession) and session.snapshot().status == "ready"
+    session.start()
+    session.pause()
+    until(lambda: session.snapshot().status == "paused", 120)
+    held = session.snapshot().step
+    session.change(lr_init=1e-3)
+    session.save_now()
+    until(lambda: session.snapshot().files)
+    assert LaunchedSession(session.run).start().snapshot().status in ("paused", "saving")   # another one follows
+    session.resume()
+    until(lambda: session.snapshot().step >= held + 5)
+    session.stop()
+    end = session.join()
+    assert end.status == "stopped" and end.samples and any("2 processes" in notice for notice in end.notices)
+    assert [row["event"] for row in end.rows if "event" in row][:4] == ["pause", "change", "save", "resume"]
+    alone = replace(two, devices=1, micro_bsz=4, epoch_count=6)
+    planned = {held: {"lr_init": 1e-3}}
+    one = TrainSession(Run(tmp_path / "one"), alone, planned=planned).start().join()
+    for a, b in zip(steps(end.rows), steps(one.rows), strict=False):
+        assert (a["step"], a["tokens"], a["lr"]) == (b["step"], b["tokens"], b["lr"])
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+    # the checkpoint of two is one's: go on alone, with the same micro-batches in a step
+    resumed = train(tmp_path / "two", replace(two, devices=1, epoch_count=6, accumulate_grad_batches=2),
+                    start="resume")
+    assert resumed.status == "finished"
+    mine, theirs = (load_adapter(Run(tmp_path / name).last_adapter()).tensors for name in ("two", "one"))
+    for key in mine:
+        torch.testing.assert_close(mine[key], theirs[key], rtol=1e-3, atol=1e-5)
+
+
+def test_a_process_that_dies_ends_the_run_and_the_checkpoint_goes_on(tmp_path, two):
+    long = replace(two, epoch_count=200, epoch_save=200, checkpoint_seconds=0)
+    session = session_for(tmp_path, long).start()
+    until(lambda: session.snapshot().step >= 3, 120)
+    workers = [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and is_worker(pid, tmp_path)]
+    assert len(workers) == 2
+    os.kill(max(workers), signal.SIGKILL)
+    with pytest.raises(TrainingError):
+        session.join()
+    saved = torch.load(Run(tmp_path).checkpoint_file, weights_only=True)
+    assert saved["step"] >= 2
+    resumed = TrainSession(Run(tmp_path), replace(long, devices=1), start="resume").start()
+    until(lambda: resumed.snapshot().step > saved["step"])
+    resumed.stop()
+    resumed.join()
+    numbers = [row["step"] for row in steps(Run(tmp_path).metrics())]
+    assert numbers == list(range(1, len(numbers) + 1))
+
+
+def is_worker(pid, folder):
+    try:
+        words = open(f"/proc/{pid}/cmdline").read().split("\0")
+    except OSError:
+        return False
+    return "rwkv_nb.train.launch" in words and str(folder) in words[-2] and "torch.distributed.run" not in words
+
+
+def test_machines_meet_where_they_are_told(settings):
+    many = replace(settings, num_nodes=2, node_rank=1, devices=4, master_addr="10.0.0.1:29500")
+    check_together(many)
+    words = torchrun(many.train)
+    pairs = dict(zip(words, words[1:], strict=False))
+    assert {name: pairs[f"--{name}"] for name in ("nnodes", "node_rank", "master_addr", "master_port",
+                                                  "nproc_per_node")} == \
+        {"nnodes": "2", "node_rank": "1", "master_addr": "10.0.0.1", "master_port": "29500", "nproc_per_node": "4"}
+    for wrong in ({"node_rank": 2}, {"master_addr": ""}, {"strategy": "deepspeed_stage_2"}):
+        with pytest.raises(SettingsError):
+            check_together(replace(many, **wrong))
+    with pytest.raises(SettingsError, match="10.0.0.1:29500"):
+        torchrun(replace(many, master_addr="10.0.0.1").train)
