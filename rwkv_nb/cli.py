@@ -90,6 +90,14 @@ def _parser() -> argparse.ArgumentParser:
                        help="merge into another base of the same shape than the adapter was trained on")
     merge.set_defaults(command=_merge, parser=merge)
 
+    export = commands.add_parser("export", help="write a model or an adapter in another program's format")
+    export.add_argument("--to", required=True, choices=("runner", "ai00", "peft"),
+                        help="RWKV Runner's .pth, Ai00's .st (of a model, or of a LoRA alone), a folder for peft")
+    export.add_argument("--input", required=True, help="a complete model, or an adapter or a run's folder for its last")
+    export.add_argument("--output", required=True, help="the file to write; for peft a folder")
+    export.add_argument("--lora_alpha", type=float, help="for older RWKV-PEFT's .pth, which does not say it")
+    export.set_defaults(command=_export, parser=export)
+
     run = commands.add_parser("run", help="run all notebooks in order on the quickstart")
     run.add_argument("--notebooks", default="notebooks", help="folder of the notebooks")
     run.set_defaults(command=_run, parser=run)
@@ -199,6 +207,14 @@ def _merge(arguments) -> int:
                   allow_other_base=arguments.other_base, progress=_bar)
     print(proof)
     return 0 if proof.ok else 1
+
+
+def _export(arguments) -> int:
+    from .export import EXPORTS
+
+    alpha = {} if arguments.lora_alpha is None else {"lora_alpha": arguments.lora_alpha}
+    print(EXPORTS[arguments.to](_adapter(arguments.input), arguments.output, progress=_bar, **alpha))
+    return 0
 
 
 def _adapter(path: str) -> Path:

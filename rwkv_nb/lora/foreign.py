@@ -62,6 +62,11 @@ def read_foreign(path: Path, lora_alpha: float | None = None) -> Foreign:
     return Foreign(tensors, r, _alpha(config, r, lora_alpha, path), linears)
 
 
+def is_adapter(path: str | Path) -> bool:
+    """Whether a file or folder holds a LoRA, rather than a complete model. Raises CheckpointError for neither."""
+    return Path(path).is_dir() or any("lora_" in key for key in load_weights(path))
+
+
 def _alpha(config: Path | None, r: int, given: float | None, path: Path) -> float:
     """lora_alpha from adapter_config.json, else as given: never guessed, as a wrong one shows nowhere."""
     if config is None:

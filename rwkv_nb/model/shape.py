@@ -158,7 +158,10 @@ def read_shape(weights: Mapping) -> Shape:
     if version not in NAMES:
         raise CheckpointError(f"this is an {_NOT_YET[version]}, {version}, which is not supported yet",
                               fix=f"use a base of {', '.join(f'{n} ({v})' for v, n in NAMES.items())}")
-    layers = 1 + max(int(n[1]) for n in (re.match(r"blocks\.(\d+)\.", key) for key in weights) if n)
+    layers = 1 + max((int(n[1]) for n in (re.match(r"blocks\.(\d{1,18})\.", key) for key in weights) if n), default=0)
+    if layers > len(weights):
+        raise CheckpointError(f"it has a block {layers - 1} and {len(weights)} tensors", where=f"blocks.{layers - 1}",
+                              fix="use a whole, unchanged base model")
 
     def size(dim: int, *keys: str) -> int:
         """Size along dim of the first of these that is there: the others may be what check_keys has to name."""
