@@ -50,11 +50,6 @@ def good(found: Found, path: str | Path) -> Iterator[tuple[int, str]]:
         yield one
 
 
-def check_jsonl(path: str | Path) -> list[Problem]:
-    """Every line that cannot be used, in one pass; empty where the file is good."""
-    return [one for one in scan_jsonl(Path(path), row_writer(DEFAULTS)) if isinstance(one, Problem)]
-
-
 def encode(texts: Iterable[tuple[int, str]], tokenizer, progress: Callable[[int], None] | None = None
            ) -> Iterator[list[int]]:
     """Tokens of each document, a 0 at the end of each. `progress` is told how many are done, now and then."""
@@ -112,8 +107,10 @@ def parse(line: bytes, write: Callable[[object], str]) -> str | tuple[str, str]:
     except DataError as error:
         return error.what, around(line, 0)
     except UnicodeDecodeError as error:
-        return (f"byte {error.start + 1} is not UTF-8 ({likely_encoding(line)} perhaps): save the file as UTF-8",
-                around(line, error.start))
+        likely = likely_encoding(line)
+        text, before = (part.decode(likely, "replace").encode() for part in (line, line[:error.start]))
+        return (f"byte {error.start + 1} is not UTF-8 ({likely} perhaps): save the file as UTF-8",
+                around(text, len(before)))
     except json.JSONDecodeError as error:
         at = len(error.doc[:error.pos].encode("utf-8"))
         return f"this is not JSON: {error.msg}, column {error.colno}{quotes(error.doc)}", around(line, at)

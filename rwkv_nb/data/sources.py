@@ -14,10 +14,10 @@ from ..config import DataSettings
 from ..errors import DataError
 from .binidx import BinIdx, Slices, check_ids
 from .chat import Template, loss_mask, mask_template
-from .jsonl import Found, Problem, check_jsonl, encode, good, read_jsonl, row_writer, scan_jsonl, scan_table, scan_text
+from .jsonl import Found, Problem, encode, good, read_jsonl, row_writer, scan_jsonl, scan_table, scan_text
 from .mixing import Selection, mixed, repeated, split
 
-__all__ = ["DataFile", "Document", "Documents", "Problem", "check_jsonl", "find_data_file", "open_documents",
+__all__ = ["DataFile", "Document", "Documents", "Problem", "find_data_file", "open_documents",
            "open_split", "read_jsonl"]
 SUFFIXES = {  # of files that each type may be; auto takes the first type that fits
     "jsonl": (".jsonl",), "binidx": (".bin", ".idx"), "numpy": (".npy",), "utf-8": (".txt", ".md"),
@@ -98,10 +98,11 @@ def open_split(data: DataSettings, tokenizer) -> tuple[Documents | Selection, Do
 def _open(data: DataSettings, tokenizer) -> Documents:
     found = find_data_file(data.data_file, data.data_type)
     template = mask_template(data)
-    return Documents(_tokens(found, data, tokenizer), tokenizer, template, str(found.path), found.notice)
+    return Documents(open_tokens(found, data, tokenizer), tokenizer, template, str(found.path), found.notice)
 
 
-def _tokens(found: DataFile, data: DataSettings, tokenizer) -> Sequence[np.ndarray]:
+def open_tokens(found: DataFile, data: DataSettings, tokenizer) -> Sequence[np.ndarray]:
+    """Tokens of each document of a data file."""
     if found.data_type == "binidx":
         return BinIdx(found.path)
     if found.data_type in ("numpy", "uint16"):

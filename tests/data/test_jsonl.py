@@ -7,9 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkv_nb.data.jsonl import check_jsonl, encode, read_jsonl
+from rwkv_nb.config import DataSettings
+from rwkv_nb.data.check import check_data
+from rwkv_nb.data.jsonl import encode, read_jsonl
 from rwkv_nb.errors import DataError
 from rwkv_nb.tokenizer import ByteTokenizer
+
+
+def check_jsonl(path):
+    return check_data(DataSettings(data_file=str(path)), ByteTokenizer()).problems
+
 
 GOOD = '{"text": "猫"}'
 BAD = {
