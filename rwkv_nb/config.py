@@ -42,10 +42,10 @@ class DataSettings:
                             "文档模板:chat 只训练助手回答,plain 训练全部文字",
                             choices=("chat", "plain", "g1", "g1_nothink", "instruction"))
     ctx_len: int = _option(512, "longest piece of a document seen at once", "上下文长度", unit="tokens", low=2)
-    dataload: str = _option("split", "split: long documents in pieces; pad: cut at ctx_len; only: the same, one "
-                            "document a micro-batch; get: random slices (pre-training)",
-                            "split 切分长文档;pad 截断并填充;only 每批一篇;get 随机切片",
-                            choices=("split", "pad", "only", "get"))
+    dataload: str = _option("split", "split: long documents in pieces; pack: the same, in a row without padding; "
+                            "pad: cut at ctx_len; only: one document a micro-batch; get: random slices (pre-training)",
+                            "split 切分长文档;pack 紧密拼接不填充;pad 截断并填充;only 每批一篇;get 随机切片",
+                            choices=("split", "pack", "pad", "only", "get"))
     loss_mask: str = _option("template", "what is trained: as the template says; pad: everything; qa: on from "
                              "Assistant:, off from User:; se: the same with mask_id",
                              "训练哪些文字:template 按模板;pad 全部;qa 从 Assistant: 到 User:;se 用 mask_id 自定义",

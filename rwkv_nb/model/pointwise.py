@@ -13,7 +13,8 @@ from torch.autograd.function import once_differentiable
 def token_shift(x: Tensor, last: Tensor, *mixes: Tensor) -> tuple[Tensor, ...]:
     """x + (x' - x) ⊙ mix for each mix, where x' is each token's predecessor.
 
-    x [B,T,C], last [B,C] before its first token, mixes [1,1,C] or [B,T,C] → as many tensors [B,T,C].
+    x [B,T,C], mixes [1,1,C] or [B,T,C] → as many tensors [B,T,C].
+    last: [B,C], before the first token; or bool [B,T], for texts one behind the other: where one begins, x' is zero.
     """
     return _TokenShift.apply(x, last, *mixes)
 
@@ -21,14 +22,18 @@ def token_shift(x: Tensor, last: Tensor, *mixes: Tensor) -> tuple[Tensor, ...]:
 class _TokenShift(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, last, *mixes):
-        step_back = torch.cat([last[:, None], x[:, :-1]], dim=1).sub_(x)
-        ctx.save_for_backward(step_back if any(ctx.needs_input_grad[2:]) else None, *mixes)
+        starts = last if last.dtype == torch.bool else None
+        step_back = torch.cat([x[:, :1] if starts is not None else last[:, None], x[:, :-1]], dim=1)
+        if starts is not None:
+            step_back.masked_fill_(starts[..., None], 0)
+        step_back.sub_(x)
+        ctx.save_for_backward(step_back if any(ctx.needs_input_grad[2:]) else None, starts, *mixes)
         return tuple(torch.addcmul(x, step_back, mix) for mix in mixes)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        step_back, *mixes = ctx.saved_tensors
+        step_back, starts, *mixes = ctx.saved_tensors
         d_mixes = ((g * step_back).sum_to_size(mix.shape) if need else None
                    for g, mix, need in zip(grads, mixes, ctx.needs_input_grad[2:], strict=True))
         before = grads[0] * mixes[0]       # what goes to each token's predecessor ...
@@ -37,8 +42,10 @@ class _TokenShift(torch.autograd.Function):
         dx = grads[0] - before             # ... and to the token itself
         for g in grads[1:]:
             dx.add_(g)
+        if starts is not None:
+            before.masked_fill_(starts[..., None], 0)
         dx[:, :-1].add_(before[:, 1:])
-        return dx, before[:, 0], *d_mixes
+        return dx, before[:, 0] if starts is None else None, *d_mixes
 
 
 def squared_relu(x: Tensor) -> Tensor:

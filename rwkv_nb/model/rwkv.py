@@ -84,15 +84,18 @@ class RWKV(nn.Module):
         return State(x, wkv, x)
 
     def hidden(self, tokens: Tensor, state: State | None = None, *, op="auto", grad_cp="none",
-               keep_state=True) -> tuple[Tensor, State | None]:
+               keep_state=True, starts: Tensor | None = None) -> tuple[Tensor, State | None]:
         """tokens int64 [B,T] → hidden [B,T,C] behind ln_out, and the state after the last token (None if not kept).
 
         state None starts a text. grad_cp "block" recomputes each block in backward (Chen et al. 2016, arXiv
         1604.06174), "selective" all of it but compiled WKV operators.
+        starts: bool [B,T], where a row holds several texts: True where one begins, as each row does. None sees another;
+        there is no state before, and none of use afterwards.
         """
         x, v_first, after = self.emb(tokens), None, []
         zeros = x.new_zeros(len(x), self.shape.n_embd)
-        befores = zip(*state, strict=True) if state else itertools.repeat((zeros, None, zeros), len(self.blocks))
+        begin = (zeros, None, zeros) if starts is None else (starts, starts, starts)
+        befores = zip(*state, strict=True) if state else itertools.repeat(begin, len(self.blocks))
         kept = {"context_fn": _keep_wkv} if grad_cp == "selective" else {}
         for block, before in zip(self.blocks, befores, strict=True):
             if grad_cp != "none" and torch.is_grad_enabled():

@@ -114,6 +114,9 @@ class Trainer:
         if t.eval_file:
             apart = dataclasses.replace(settings.data, data_file=t.eval_file, heldout=0.0, repeat=1.0, mix_file="")
             self.heldout = open_documents(apart, self.tokenizer)
+        if t.chunk_ctx and settings.data.dataload == "pack":
+            raise SettingsError("packed rows cannot be read in chunks", where="dataload",
+                                fix="use dataload split, or chunk_ctx 0")
         self.batches = Batches(
             self.documents, ctx_len=settings.data.ctx_len, micro_bsz=t.micro_bsz,
             accumulate=t.live.accumulate_grad_batches, seed=t.random_seed, epoch_steps=t.epoch_steps,
@@ -248,7 +251,7 @@ class Trainer:
             return backward_by_chunks(self.model, batch, n_trained, t.chunk_ctx, truncated=bool(t.truncated_bptt),
                                       scale=self._scale, before_chunk=draw, **how)
         draw(0)
-        hidden, _ = self.model.hidden(batch.inputs, keep_state=False, **how)
+        hidden, _ = self.model.hidden(batch.inputs, starts=batch.starts, keep_state=False, **how)
         loss, ce = head_loss(hidden, self.model.head, batch.targets, batch.mask, n_trained)
         (loss * self._scale).backward()
         return ce

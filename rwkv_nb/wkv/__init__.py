@@ -12,6 +12,7 @@ import torch
 from ..errors import KernelError
 from . import kernels, reference
 from .build import compiler_info
+from .packed import by_text
 from .selftest import self_test
 
 __all__ = ["OPS", "WKV", "compiler_info", "pick_op", "self_test", "versions", "wkv5", "wkv6", "wkv7"]
@@ -39,7 +40,8 @@ def wkv7(r, w, k, v, a, b, state=None, *, op="auto"):
 
     r, w, k, v, a, b: [B,T,H,N], T >= 1, float32, bfloat16 or float16 (float64 for the PyTorch forms);
         w is the raw decay input (decay = exp(-exp(w))).
-    state: [B,H,N,N] = [value, key], or None for zeros.
+    state: [B,H,N,N] = [value, key], or None for zeros; or, for texts one behind the other, bool [B,T]: where a text
+        begins and the state is zeros again (it comes back as it is).
     op: "torch" (per step), "chunked" (PyTorch), "cpu" (C++) or "auto", the fastest that works here (`pick_op`).
     Returns y [B,T,H,N] in r's dtype and the last state, float32 (float64 for float64 inputs).
     Differentiable in all seven. Raises KernelError for shapes that do not fit or an op that cannot run here.
@@ -90,6 +92,8 @@ def _run(version, op, state, **inputs):
     r = inputs["r"]
     form = _TABLE[pick_op(op, r.device, r.dtype, version)].forms[version]
     with torch.autocast(r.device.type, enabled=False):  # the state's sums stay float32
+        if state is not None and state.dtype == torch.bool:
+            return by_text(form, state, inputs), state
         return form(*inputs.values(), state)
 
 
@@ -121,5 +125,5 @@ def _check_shapes(version, state, inputs):
         if x.shape != (shape[2:] if static else shape) or not T:
             raise KernelError(f"{name} is {list(x.shape)}, r is {list(inputs['r'].shape)}", where=name,
                               fix=f"{', '.join(inputs)} are [B,T,H,N] with T >= 1; u, and the w of WKV-5, are [H,N]")
-    if state is not None and state.shape != (B, H, N, N):
+    if state is not None and state.shape != ((B, T) if state.dtype == torch.bool else (B, H, N, N)):
         raise KernelError(f"the state is {list(state.shape)}", where="state", fix=f"it must be {[B, H, N, N]}")

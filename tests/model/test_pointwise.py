@@ -27,3 +27,14 @@ def test_squared_relu():
     x = numbers(7, 4)
     assert torch.autograd.gradcheck(squared_relu, x)
     torch.testing.assert_close(squared_relu(x), x.clamp(min=0) ** 2)
+
+
+def test_token_shift_of_texts_in_a_row():
+    x, mixes = numbers(2, 6, 3), [numbers(1, 1, 3), numbers(2, 6, 3)]
+    starts = torch.tensor([[True, False, True, True, False, False], [True] + [False] * 5])
+    assert torch.autograd.gradcheck(lambda x, *mixes: token_shift(x, starts, *mixes), (x, *mixes))
+    mixed = torch.cat(token_shift(x, starts, *mixes), -1)
+    for row, a, b in ((0, 0, 2), (0, 2, 3), (0, 3, 6), (1, 0, 6)):
+        part = slice(row, row + 1), slice(a, b)
+        alone = token_shift(x[part], torch.zeros(1, 3), mixes[0], mixes[1][part])
+        torch.testing.assert_close(mixed[part], torch.cat(alone, -1))
