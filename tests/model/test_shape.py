@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rwkv_nb.model import PUBLISHED, PUBLISHED_OLDER, Shape, read_shape
+from rwkv_nb.model import PUBLISHED, PUBLISHED_OLDER, RWKV, Shape, read_shape
 from rwkv_nb.model.shape import detect_version
 
 ALL = {**PUBLISHED, **PUBLISHED_OLDER}
@@ -13,6 +13,12 @@ ODD = [Shape(2, 48, 99, 5, 0, 0, 0, 33, 16, version="x060", rank_mix=3),
 
 def on_meta(shape):
     return {key: torch.empty(size, device="meta") for key, size in shape.key_shapes().items()}
+
+
+@pytest.mark.parametrize("shape", [PUBLISHED["0.1B"], PUBLISHED_OLDER["v6 7B"], PUBLISHED_OLDER["v5 0.4B"], *ODD])
+def test_the_model_has_the_keys_of_its_shape(shape):
+    keys = {key: tuple(W.shape) for key, W in RWKV(shape, device="meta").state_dict().items()}
+    assert keys == shape.key_shapes()
 
 
 @pytest.mark.parametrize("shape", [*ALL.values(), *ODD], ids=[*ALL, "odd v6", "odd v5"])
