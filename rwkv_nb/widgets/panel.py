@@ -14,12 +14,14 @@ import ipywidgets as widgets
 
 from ..config import LiveSettings, leaf_fields
 from ..errors import RwkvNbError
+from ..train.launch import LaunchedSession
 from ..train.session import DONE, Snapshot, TrainSession
 from . import panel_html as html
-from .panel_form import shell_command
+from .panel_form import setting_input, shell_command
 from .plots import loss_figure, png
 
-LIVE = ("lr_init", "grad_clip", "log_every")
+LIVE = tuple(field.name for field in leaf_fields(LiveSettings()))    # lr_init, which has the slider, is the first
+SHOWN, WRAPPED = 3, {"flex_flow": "row wrap"}                        # so many are in sight, the others fold out
 SECOND = 1.0             # between two paints
 FIGURE_SHARE = 0.03      # painting the figure takes no more of the time: drawing holds Python's lock
 DECADES = 1.5            # the learning rate's slider reaches so far to both sides of its start
@@ -32,7 +34,7 @@ class TrainPanel(widgets.VBox):
     A panel may be made before or after session.start(). It paints until the session is done.
     """
 
-    def __init__(self, session: TrainSession):
+    def __init__(self, session: TrainSession | LaunchedSession):
         self._session, self._live = session, session.snapshot().live
         self._stopping, self._complaint = False, ""
         self._lock, self._wake = threading.RLock(), threading.Event()
@@ -41,8 +43,8 @@ class TrainPanel(widgets.VBox):
         self._make_displays()
         super().__init__([
             self.status, widgets.HBox([self.start, self.pause, self.stop, self.save]),
-            widgets.HBox([self.lr_init, self.grad_clip, self.log_every], layout={"flex_flow": "row wrap"}),
-            self.error, self.progress, self.figures, self.loss, self.samples, self.files, self.notices, self.command],
+            self.live, self.error, self.progress, self.figures, self.loss, self.samples, self.files, self.notices,
+            self.command],
             layout={"max_width": "800px"})
         self._paint_texts(session.snapshot())
         self.painter = threading.Thread(target=self._paint_until_done, name="rwkv_nb panel", daemon=True)
@@ -69,20 +71,19 @@ class TrainPanel(widgets.VBox):
         self.save = button("Save now", "save", "", "save an adapter after the step under way, and let it answer the "
                            "prompts", session.save_now)
 
-        texts = {field.name: field.metadata["en"] for field in leaf_fields(live)}
+        fields = {field.name: field for field in leaf_fields(live)}
         rate = max(live.lr_init, 1e-9)
         self.lr_init = widgets.FloatLogSlider(
             value=rate, min=math.log10(rate) - DECADES, max=math.log10(rate) + DECADES, step=0.02,
-            readout_format=".2e", continuous_update=False, description="lr_init", tooltip=texts["lr_init"],
-            style={"description_width": "initial"}, layout={"width": "350px"})
-        self.grad_clip = widgets.BoundedFloatText(
-            value=live.grad_clip, min=0, max=1e6, step=0.1, continuous_update=False, description="grad_clip",
-            tooltip=texts["grad_clip"], layout={"width": "180px"})
-        self.log_every = widgets.BoundedIntText(
-            value=live.log_every, min=1, max=10**6, continuous_update=False, description="log_every",
-            tooltip=texts["log_every"], layout={"width": "180px"})
+            readout_format=".2e", continuous_update=False, description="lr_init",
+            tooltip=fields["lr_init"].metadata["en"], style={"description_width": "initial"}, layout={"width": "350px"})
+        for name in LIVE[1:]:
+            setattr(self, name, setting_input(fields[name], getattr(live, name), "initial"))
         for name in LIVE:
             getattr(self, name).observe(self._change, "value")
+        inputs = [getattr(self, name) for name in LIVE]
+        more = widgets.Accordion([widgets.HBox(inputs[SHOWN:], layout=WRAPPED)], titles=("more that may change",))
+        self.live = widgets.VBox([widgets.HBox(inputs[:SHOWN], layout=WRAPPED), more])
 
     def _ask(self, action) -> None:
         """Pass a request on to the session; what it refuses is shown."""

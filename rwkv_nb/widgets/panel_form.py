@@ -19,23 +19,25 @@ FIELDS = ("r", "lora_alpha", "ctx_len", "micro_bsz", "epoch_count", "epoch_steps
 
 
 class SettingsForm(widgets.VBox):
-    """Some settings of a run as widgets, set from its settings.json and written back at each change.
+    """All settings of a run as widgets, set from its settings.json and written back at each change.
 
-    fields: names from config.py; text and bounds come from there too.
+    fields: the names from config.py that are in sight; the others fold out. Text and bounds come from there too.
     """
 
     def __init__(self, run: Run, fields: tuple[str, ...] = FIELDS):
         self._run, self._message, self.inputs = run, widgets.HTML(), {}
-        known = {field.name: field for field in config.leaf_fields(Settings())}
+        self._known = {field.name: field for field in config.leaf_fields(Settings()) if field.name != "proj_dir"}
         values = config.values(run.settings())
-        rows = []
-        for name in fields:
-            self.inputs[name] = _input(known[name], values[name])
-            self.inputs[name].observe(self._write, "value")
-            unit = f" [{known[name].metadata['unit']}]" if known[name].metadata["unit"] else ""
-            text = widgets.HTML(f'<span style="opacity:.75">{known[name].metadata["en"]}{unit}</span>')
-            rows.append(widgets.HBox([self.inputs[name], text]))
-        super().__init__([*rows, self._message])
+        rows = {name: self._row(field, values[name]) for name, field in self._known.items()}
+        others = widgets.VBox([row for name, row in rows.items() if name not in fields])
+        super().__init__([*(rows[name] for name in fields), widgets.Accordion([others], titles=("all the others",)),
+                          self._message])
+
+    def _row(self, field: Field, value) -> widgets.HBox:
+        made = self.inputs[field.name] = setting_input(field, value)
+        made.observe(self._write, "value")
+        unit = f" [{field.metadata['unit']}]" if field.metadata["unit"] else ""
+        return widgets.HBox([made, widgets.HTML(f'<span style="opacity:.75">{field.metadata["en"]}{unit}</span>')])
 
     def __repr__(self) -> str:
         return f"SettingsForm({self._run.name})"
@@ -43,17 +45,19 @@ class SettingsForm(widgets.VBox):
     def _write(self, change) -> None:
         name = next(name for name, widget in self.inputs.items() if widget is change.owner)
         try:
-            self._run.update(**{name: change.new})
+            words = isinstance(self._known[name].default, tuple)
+            self._run.update(**{name: tuple(change.new.split()) if words else change.new})
             self._message.value = ""
         except (SettingsError, OSError) as error:
             self._message.value = error_html(error)
 
 
-def _input(field: Field, value) -> widgets.Widget:
-    """The widget that fits a field's type, choices and bounds."""
+def setting_input(field: Field, value, description_width: str = "110px") -> widgets.Widget:
+    """The widget that fits a field's type, choices and bounds; several words are one text with spaces."""
     text = field.metadata
+    value = " ".join(value) if isinstance(value, tuple) else value
     shared = {"description": field.name, "tooltip": text["en"], "value": value,
-              "style": {"description_width": "110px"}, "layout": {"width": "230px"}}
+              "style": {"description_width": description_width}, "layout": {"width": "230px"}}
     if text["choices"]:
         return widgets.Dropdown(options=text["choices"], **shared)
     low = -1e12 if text["low"] is None else text["low"]

@@ -38,10 +38,12 @@ def status_html(name: str, status: str) -> str:
 def figures_html(snapshot: Snapshot, epoch_count: int) -> str:
     """Step, epoch, loss, speed, memory and time left, each under its caption."""
     row = next((row for row in reversed(snapshot.rows) if "loss" in row), {})
+    heldout = [row for row in snapshot.rows if row.get("event") == "eval"][-1:]
     seconds = None if snapshot.done else snapshot.seconds_left
     pairs = [("step", f"{snapshot.step} / {snapshot.total_steps}" if snapshot.total_steps else "–"),
              ("epoch", f"{snapshot.epochs:.2f} / {epoch_count}"),
              ("loss", f"{row['loss']:.4f}" if row else "–"),
+             *(("held-out loss", f"{last['heldout_loss']:.4f}") for last in heldout),
              ("learning rate", f"{row['lr']:.2e}" if row else "–"),
              ("tokens/s", f"{row['tokens_per_s']:,.0f}" if row else "–"),
              ("peak memory", memory_text(row["peak_memory_mb"]) if row else "–"),

@@ -123,5 +123,5 @@ def test_durations_read_like_speech(seconds, text):
 
 def test_every_live_setting_on_the_panel_has_its_text(panel):
     texts = {field.name: field.metadata["en"] for field in config.leaf_fields(config.LiveSettings())}
-    for control in (panel.lr_init, panel.grad_clip, panel.log_every):
-        assert control.tooltip == texts[control.description]
+    for name, text in texts.items():
+        assert getattr(panel, name).tooltip == text and getattr(panel, name).description == name
