@@ -98,6 +98,12 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--lora_alpha", type=float, help="for older RWKV-PEFT's .pth, which does not say it")
     export.set_defaults(command=_export, parser=export)
 
+    get = commands.add_parser("get", help="fetch a published base model by name, such as rwkv7-g1-0.1b")
+    get.add_argument("name", help="as on the hub, with or without the date")
+    get.add_argument("--folder", default="models", help="where it is put")
+    get.add_argument("--endpoint", help="the hub or a mirror of it; by default HF_ENDPOINT, else huggingface.co")
+    get.set_defaults(command=_get, parser=get)
+
     run = commands.add_parser("run", help="run all notebooks in order on the quickstart")
     run.add_argument("--notebooks", default="notebooks", help="folder of the notebooks")
     run.set_defaults(command=_run, parser=run)
@@ -214,6 +220,13 @@ def _export(arguments) -> int:
 
     alpha = {} if arguments.lora_alpha is None else {"lora_alpha": arguments.lora_alpha}
     print(EXPORTS[arguments.to](_adapter(arguments.input), arguments.output, progress=_bar, **alpha))
+    return 0
+
+
+def _get(arguments) -> int:
+    from .hub import get
+
+    get(arguments.name, arguments.folder, endpoint=arguments.endpoint)
     return 0
 
 
