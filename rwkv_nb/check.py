@@ -17,6 +17,7 @@ import torch
 from packaging.requirements import Requirement
 
 from .wkv import compiler_info, self_test
+from .wkv.nvcc import find_nvcc
 
 OLDEST_PYTHON = (3, 11)
 
@@ -62,7 +63,7 @@ def check_machine(folder: str | Path = ".", *, disk_gb: float = 2, memory_gb: fl
     folder: where the runs will be written. disk_gb, memory_gb: what must be free there, and of memory, in 10⁹ bytes.
     """
     return Report([_python(), *_packages(), _system(Path(folder).resolve()), _cores(), _memory(memory_gb),
-                   _disk(Path(folder), disk_gb), _gpu(), _compiler(), *_kernels()])
+                   _disk(Path(folder), disk_gb), _gpu(), _compiler(), _nvcc(), *_kernels()])
 
 
 def _python() -> Finding:
@@ -135,9 +136,19 @@ def _compiler() -> Finding:
     return Finding("C++ compiler", info["version"])
 
 
+def _nvcc() -> Finding:
+    """The CUDA compiler, and whether it comes from the system, conda or pip."""
+    nvcc, gpu = find_nvcc(), torch.cuda.is_available()
+    if nvcc:
+        return Finding("CUDA compiler", f"nvcc {nvcc.version}, from {nvcc.source}")
+    return Finding("CUDA compiler", "none: slower kernels are used" if gpu else "none, and no GPU that needs one",
+                   "pip install 'rwkv_nb[cuda]' · conda install -c conda-forge cuda-nvcc" if gpu else "", needed=False)
+
+
 def _kernels() -> Iterator[Finding]:
-    """Every way to compute WKV-7, -6 and -5 against the definition in float64; the C++ kernel is built if need be."""
-    for op, error, right, why_not in self_test():
+    """Every way to compute WKV-7, -6 and -5 here against the definition in float64; kernels are built if need be."""
+    on_gpu = self_test(("chunked", "cuda"), "cuda") if torch.cuda.is_available() else []
+    for op, error, right, why_not in [*self_test(), *on_gpu]:
         if why_not:
             yield Finding(f'WKV "{op}"', "cannot run here", why_not, needed=False)
         else:

@@ -15,7 +15,7 @@ def test_this_machine_passes_its_own_tests(report):
     assert report.everything_needed, report
     by_name = {finding.name: finding for finding in report}
     assert not by_name['WKV "torch"'].mend and not by_name['WKV "chunked"'].mend
-    assert {"Python", "torch", "ipywidgets", "GPU", "C++ compiler", "System", "Disk"} <= set(by_name)
+    assert {"Python", "torch", "ipywidgets", "GPU", "C++ compiler", "CUDA compiler", "System", "Disk"} <= set(by_name)
 
 
 def test_too_little_disk_and_memory_are_said(tmp_path):

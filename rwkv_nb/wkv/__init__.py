@@ -27,6 +27,7 @@ class _Op(NamedTuple):
 
 
 _TABLE = {  # the fastest first: "auto" takes the first that works
+    "cuda": _Op({v: functools.partial(kernels.run_cuda, f"wkv{v}") for v in (7, 6, 5)}, "cuda", kernels.load_cuda),
     "cpu": _Op({v: functools.partial(kernels.run, f"wkv{v}") for v in (7, 6, 5)}, "cpu", kernels.load),
     "chunked": _Op({7: reference.wkv7_chunked, 6: reference.wkv6_chunked, 5: reference.wkv5_chunked}),
     "torch": _Op({7: reference.wkv7_steps, 6: reference.wkv6_steps, 5: reference.wkv5_steps}),
@@ -42,7 +43,8 @@ def wkv7(r, w, k, v, a, b, state=None, *, op="auto"):
         w is the raw decay input (decay = exp(-exp(w))).
     state: [B,H,N,N] = [value, key], or None for zeros; or, for texts one behind the other, bool [B,T]: where a text
         begins and the state is zeros again (it comes back as it is).
-    op: "torch" (per step), "chunked" (PyTorch), "cpu" (C++) or "auto", the fastest that works here (`pick_op`).
+    op: "torch" (per step), "chunked" (PyTorch), "cpu" (C++), "cuda" (heads of 64 channels), or "auto", the fastest
+        that works here (`pick_op`).
     Returns y [B,T,H,N] in r's dtype and the last state, float32 (float64 for float64 inputs).
     Differentiable in all seven. Raises KernelError for shapes that do not fit or an op that cannot run here.
     """

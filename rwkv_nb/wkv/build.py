@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -30,20 +31,40 @@ INSTALL = ("install a C++ compiler (Debian, Ubuntu, WSL: sudo apt install g++ ·
            "gxx) and start the notebook's kernel again")
 
 
+def remembered(load):
+    """`load` once a process; a KernelError, into which an OSError is made, is raised again at once."""
+    @functools.cache
+    def outcome() -> KernelError | None:
+        try:
+            load()
+        except KernelError as error:
+            return error
+        except OSError as error:
+            return KernelError(f"the kernels cannot be kept or read: {error}", where=str(cache_folder()),
+                               fix="make this folder writable with some room left")
+        return None
+
+    @functools.wraps(load)
+    def again() -> None:
+        error = outcome()
+        if error is not None:
+            raise KernelError(error.what, where=error.where, fix=error.fix)
+    return again
+
+
+@remembered
 def load_cpu_kernels() -> None:
     """Make torch.ops.rwkv_nb's CPU kernels available, compiling them if this machine has not yet.
 
     Raises KernelError with the reason and the fix, again at once if it failed before in this process.
     """
-    error = _load_once()
-    if error is not None:
-        raise KernelError(error.what, where=error.where, fix=error.fix)
+    load_library(_stem(), _compiler_version(), _build_cpu)
 
 
 def compiler_info() -> dict:
     """What would compile, and what is there: {"compiler": path or "", "version": its first line, "ninja": bool,
     "library": the built file or "", "flags": str}. Compiles nothing."""
-    library = _built()
+    library = built(_stem(), _compiler_version())
     return {"compiler": _compiler() or "", "version": _compiler_version(), "ninja": _ninja_folder() is not None,
             "library": str(library or ""), "flags": " ".join(FLAGS)}
 
@@ -59,7 +80,7 @@ def source_folder() -> Path:
 
 def library_name() -> str:
     """Name of the library that this compiler builds, without its suffix."""
-    return f"{_stem()}-{_digest(_compiler_version())}"
+    return f"{_stem()}-{digest(_compiler_version())}"
 
 
 def cache_folder() -> Path:
@@ -71,57 +92,62 @@ def cache_folder() -> Path:
     return base / "rwkv_nb"
 
 
-@functools.cache
-def _load_once() -> KernelError | None:
-    try:
-        library = _built()
-        if library is None:
-            _build_locked()
-        else:
-            torch.ops.load_library(library)
-    except KernelError as error:
-        return error
-    except OSError as error:
-        return KernelError(f"the C++ kernels cannot be kept or read: {error}", where=str(cache_folder()),
-                           fix="make this folder writable with some room left")
-    return None
+def load_library(stem: str, compiler: str, build: Callable[[Path], None]) -> None:
+    """Load a library of the cache; where it is not there yet, build(folder) makes it, the one *.so of that folder,
+    and loads it, once for all processes that want it.
 
-
-def _build_locked() -> None:
-    """Build and load, or wait for the process that is building and load what it built."""
-    name = library_name()
+    stem: names all that the library depends on but the compiler. compiler: the compiler's version, "" for none: then
+    one that any compiler built will do. Raises what `build` raises, and OSError.
+    """
+    library = built(stem, compiler)
+    if library is not None:
+        torch.ops.load_library(library)
+        return
+    library = cache_folder() / f"{stem}-{digest(compiler)}.so"
     cache_folder().mkdir(parents=True, exist_ok=True)
-    with open(cache_folder() / f"{name}.lock", "w") as file:
+    with open(library.with_suffix(".lock"), "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # gone with its process, however that ends
-        library = _built()
-        if library is None:
-            _build(name)
-        else:
+        if library.is_file():
             torch.ops.load_library(library)
+            return
+        folder = library.with_suffix(".build")
+        shutil.rmtree(folder, ignore_errors=True)  # half a build of a process that died, with torch's own lock file
+        folder.mkdir()
+        start = time.monotonic()
+        build(folder)
+        os.replace(next(folder.glob("*.so")), library)
+        shutil.rmtree(folder, ignore_errors=True)
+        print(f"rwkv_nb: ready after {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
 
 
-def _build(name: str) -> None:
-    compiler = _compiler()
-    if not compiler:
+def built(stem: str, compiler: str) -> Path | None:
+    """The library for this compiler; where there is none (""), one that any compiler built for the stem."""
+    if compiler:
+        library = cache_folder() / f"{stem}-{digest(compiler)}.so"
+        return library if library.is_file() else None
+    return max(cache_folder().glob(f"{stem}-*.so"), key=lambda p: p.stat().st_mtime, default=None)
+
+
+def compile_cpp(name: str, sources, folder: Path, flags=FLAGS, ldflags=("-fopenmp",)) -> None:
+    """Compile C++ sources of cuda/ with torch's headers into folder/NAME.so, and load it. Raises KernelError."""
+    if not _compiler():
         raise KernelError("no C++ compiler was found", fix=INSTALL)
-    folder = cache_folder() / f"{name}.build"
-    shutil.rmtree(folder, ignore_errors=True)  # half a build of a process that died, with torch's own lock file
-    folder.mkdir()
-    print(f"rwkv_nb: compiling the C++ WKV kernels with {_compiler_version()} (once per machine, usually under a "
-          "minute) …", file=sys.stderr, flush=True)
-    start = time.monotonic()
     try:
         from torch.utils import cpp_extension
         with _ninja_on_path():
-            cpp_extension.load("rwkv_nb_cpu", [str(source_folder() / s) for s in SOURCES], extra_cflags=list(FLAGS),
-                               extra_ldflags=["-fopenmp"], build_directory=str(folder), with_cuda=False,
+            cpp_extension.load(name, [str(source_folder() / s) for s in sources], extra_cflags=list(flags),
+                               extra_ldflags=list(ldflags), build_directory=str(folder), with_cuda=False,
                                is_python_module=False)
     except (RuntimeError, ImportError, subprocess.SubprocessError) as error:
-        raise KernelError(f"the C++ kernels did not compile:\n{_last_words(error)}", where=compiler,
+        raise KernelError(f"the C++ kernels did not compile:\n{_last_words(error)}", where=_compiler(),
                           fix=INSTALL) from None
-    os.replace(folder / "rwkv_nb_cpu.so", cache_folder() / f"{name}.so")
-    shutil.rmtree(folder, ignore_errors=True)
-    print(f"rwkv_nb: ready after {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+
+
+def _build_cpu(folder: Path) -> None:
+    if _compiler():
+        print(f"rwkv_nb: compiling the C++ WKV kernels with {_compiler_version()} (once per machine, usually under a "
+              "minute) …", file=sys.stderr, flush=True)
+    compile_cpp("rwkv_nb_cpu", SOURCES, folder)
 
 
 def _last_words(error: Exception) -> str:
@@ -131,19 +157,14 @@ def _last_words(error: Exception) -> str:
     return "\n".join([line for line in said.strip().splitlines() if len(line) < 300][-12:])
 
 
-def _built() -> Path | None:
-    """The library for this compiler; where there is none, one that any compiler built for the rest of the key."""
-    if _compiler():
-        library = cache_folder() / f"{library_name()}.so"
-        return library if library.is_file() else None
-    return max(cache_folder().glob(f"{_stem()}-*.so"), key=lambda p: p.stat().st_mtime, default=None)
-
-
 @functools.cache
 def _stem() -> str:
-    folder = source_folder()
-    sources = b"".join(p.read_bytes() for p in [*map(folder.joinpath, SOURCES), *sorted(folder.glob("*.h"))])
-    return "wkv_cpu-" + _digest(sources, torch.__version__, " ".join(FLAGS), _cpu())
+    return "wkv_cpu-" + digest(read_sources(*SOURCES, "*.h"), torch.__version__, " ".join(FLAGS), _cpu())
+
+
+def read_sources(*patterns: str) -> bytes:
+    """The content of files of cuda/."""
+    return b"".join(path.read_bytes() for pattern in patterns for path in sorted(source_folder().glob(pattern)))
 
 
 def _cpu() -> str:
@@ -155,7 +176,8 @@ def _cpu() -> str:
     return platform.machine() + platform.processor()
 
 
-def _digest(*parts: str | bytes) -> str:
+def digest(*parts: str | bytes) -> str:
+    """A short name for all that a library depends on."""
     return hashlib.sha256(b"\0".join(p if isinstance(p, bytes) else p.encode() for p in parts)).hexdigest()[:12]
 
 

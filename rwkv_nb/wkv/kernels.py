@@ -11,7 +11,12 @@ import threading
 
 import torch
 
+from ..errors import KernelError
 from .build import load_cpu_kernels
+from .nvcc import load_cuda_kernels
+
+VERSIONS = ("wkv7", "wkv6", "wkv5")
+SAVE = 16  # steps between two states that the GPU kernels keep for backward
 
 _lock = threading.Lock()
 
@@ -36,19 +41,38 @@ def load() -> None:
         _load_once()
 
 
+@torch.compiler.assume_constant_result
+def load_cuda() -> None:
+    """`load` for GPUs. The CPU's kernels come along: the schemas are theirs."""
+    load()
+    with _lock:
+        load_cuda_kernels()
+
+
+def run_cuda(name, *inputs):
+    """`run` on a GPU. Raises KernelError for heads that are not 64 wide."""
+    if inputs[0].shape[-1] != 64:
+        raise KernelError(f"the GPU kernels take heads of 64 channels, not {inputs[0].shape[-1]}", where="op",
+                          fix='use op "chunked"')
+    return run(name, *inputs)
+
+
 @functools.cache
 def _load_once() -> None:
     load_cpu_kernels()
-    for name in ("wkv7", "wkv6", "wkv5"):
-        torch.library.register_fake(f"rwkv_nb::{name}", functools.partial(_fake, saves=name == "wkv7"))
+    for name in VERSIONS:
+        torch.library.register_fake(f"rwkv_nb::{name}", functools.partial(_fake, name))
         torch.library.register_fake(f"rwkv_nb::{name}_backward", _fake_backward)
         torch.library.register_autograd(f"rwkv_nb::{name}", functools.partial(_backward, name), setup_context=_setup)
 
 
-def _fake(r, *others, saves):
+def _fake(name, r, *others):
     B, T, H, N = r.shape
     last = r.new_empty(B, H, N, N, dtype=torch.float32)
-    return r.new_empty(r.shape), last, last.new_empty(B, T if saves and others[-1] else 0, H, N)
+    sa, states = name == "wkv7", -(-T // SAVE) * B * H * N * N
+    if r.device.type == "cuda":
+        return r.new_empty(r.shape), last, last.new_empty((sa * r.numel() + states) if others[-1] else 0)
+    return r.new_empty(r.shape), last, last.new_empty(B, T if sa and others[-1] else 0, H, N)
 
 
 def _fake_backward(*args):

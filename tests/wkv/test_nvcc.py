@@ -1,0 +1,153 @@
+"""The GPU kernels without a GPU: their own source on the CPU against float64, and through nvcc for every GPU.
+
+What no machine without a GPU can show is in tests/gpu/.
+"""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.cpp_extension import include_paths, library_paths
+
+from rwkv_nb.errors import KernelError
+from rwkv_nb.wkv import build, kernels, nvcc, pick_op
+
+pytestmark = pytest.mark.xdist_group("nvcc")
+HERE, CUDA = Path(__file__).parent, build.source_folder()
+ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
+NVCC = nvcc.find_nvcc()
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc here")
+
+# Chunks of 8 and 16 steps: lengths around their ends. 256 heads and more take another kernel than fewer.
+CASES = [
+    *({"version": v, "T": T, "B": 2 if T < 60 else 1, "state": T != 16, "wide": T % 2 == 0}
+      for v in (7, 6, 5) for T in (1, 8, 15, 16, 17, 64, 257)),
+    *({"version": v, "T": T, "H": 2, "dtype": dtype, "state": T == 17, "wide": T != 17}
+      for v in (7, 6, 5) for T in (17, 33) for dtype in ("bfloat16", "float16")),
+    *({"version": v, "T": 3, "B": 2, "H": 128} for v in (7, 6)),
+    *({"version": v, "T": 19, "B": 2, "H": 2, "odd": True} for v in (7, 6, 5)),
+    *({"version": v, "T": 18, "only": only} for v in (7, 6) for only in ("y", "last")),
+]
+
+
+def compile_on_host(folder, wkv7=CUDA / "wkv7.cu"):
+    """The operators' library with the kernels' source compiled for the CPU (host.h)."""
+    includes = [f"-I{path}" for path in (HERE, CUDA, *include_paths())]
+    flags = ["-std=c++20", "-O1", "-fPIC", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE", "-DWKV_ON_HOST", *includes]
+    objects = []
+    for source in (CUDA / "wkv_cuda.cpp", CUDA / "wkv6.cu", wkv7):
+        objects.append(folder / f"{source.stem}.o")
+        if not objects[-1].exists():
+            run("c++", *flags, "-x", "c++", "-c", source, "-o", objects[-1])
+    library = folder / f"{wkv7.stem}-host.so"
+    libraries = [f"-L{path}" for path in library_paths()]
+    run("c++", "-shared", "-o", library, *objects, *libraries, "-ltorch_cpu", "-lc10")
+    return library
+
+
+def run(*command):
+    done = subprocess.run(command, capture_output=True, text=True, cwd=CUDA.parent)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def on_host(library, cases):
+    lines = run(sys.executable, HERE / "on_host.py", library, json.dumps(cases)).splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("host")
+
+
+@pytest.fixture(scope="module")
+def host_errors(folder):
+    return on_host(compile_on_host(folder), [*CASES, None])
+
+
+@pytest.mark.parametrize("i", range(len(CASES)), ids=["-".join(f"{k}={v}" for k, v in c.items()) for c in CASES])
+def test_the_kernels_source_against_float64(host_errors, i):
+    for name, error in host_errors[i].items():
+        assert error <= 2e-6, name  # NaN fails too
+
+
+def test_what_is_kept_for_backward(host_errors):
+    assert len(host_errors) == len(CASES) + 1  # the last looked at it
+
+
+def test_a_missing_barrier_is_seen(folder):
+    """The fibers of host.h run in random order, so that the tests above say something about barriers."""
+    source = folder / "unsafe.cu"
+    source.write_text((CUDA / "wkv7.cu").read_text().replace("    __syncthreads();\n    fetch", "    fetch", 1))
+    result, = on_host(compile_on_host(folder, source), [{"version": 7, "T": 40}])
+    assert result["y"] > 1e-3
+
+
+@needs_nvcc
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_compiles_without_spills(architecture, tmp_path):
+    said = NVCC.compile(tmp_path, f"-arch={architecture}", "-Xptxas=-v")
+    assert len(list(tmp_path.glob("*.o"))) == len(nvcc.KERNELS)
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", said)]
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said)
+    assert len(registers) == len(spills) == 30  # two sources x three dtypes x four values passes and one of keys
+    assert set(spills) == {("0", "0", "0")} and max(registers) <= 255
+    assert "warning" not in said
+
+
+@needs_nvcc
+def test_the_built_library_registers_its_operators(tmp_path, monkeypatch):
+    kernels.load()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    nvcc.build_for(["sm_80"])
+    assert len(list(tmp_path.rglob("wkv_cuda-*.so"))) == 1
+    for name in ("wkv7", "wkv6_backward", "wkv5"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"rwkv_nb::{name}", "CUDA")
+
+
+def fake_nvcc(path, version):
+    path.parent.mkdir(parents=True)
+    path.write_text(f"#!/bin/sh\necho release {version}, V{version}.1\n")
+    path.chmod(0o755)
+
+
+def test_the_compiler_is_looked_for_in_order(tmp_path, monkeypatch):
+    """The first of system, conda and pip that has torch's CUDA version, else the first of all."""
+    for name, version in (("system", "12.8"), ("conda", "13.0")):
+        fake_nvcc(tmp_path / name / "bin" / "nvcc", version)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "system"))
+    monkeypatch.setenv("CONDA_PREFIX", str(tmp_path / "conda"))
+    assert nvcc.find_nvcc("12.4") == (tmp_path / "system/bin/nvcc", "system", "12.8.1")
+    assert nvcc.find_nvcc("13.0")[1:] != ("system", "12.8.1")
+    assert nvcc.find_nvcc("99.9") == nvcc.find_nvcc("12.4")
+    monkeypatch.delenv("CUDA_HOME")
+    monkeypatch.setattr(nvcc, "_places", lambda: ())
+    assert nvcc.find_nvcc() is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_machine_without_gpu_or_compiler_is_told(tmp_path, monkeypatch):
+    with pytest.raises(KernelError, match="torch sees no GPU"):
+        pick_op("cuda", "cuda")
+    with pytest.raises(KernelError, match="does not take torch.float32 on cpu"):
+        pick_op("cuda", "cpu")
+    monkeypatch.setattr(nvcc, "_places", lambda: ())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(KernelError, match=r"no CUDA compiler was found\n→ install .*rwkv_nb\[cuda\]"):
+        nvcc.build_for(["sm_80"])
+
+
+@needs_nvcc
+def test_a_compiler_that_fails_is_quoted(tmp_path):
+    with pytest.raises(KernelError, match="sm_1"):
+        NVCC.compile(tmp_path, "-arch=sm_1")
+
+
+def test_heads_of_another_width_are_refused():
+    with pytest.raises(KernelError, match="64 channels, not 8"):
+        kernels.run_cuda("wkv7", *torch.randn(6, 1, 2, 1, 8), None)
