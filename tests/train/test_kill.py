@@ -41,7 +41,7 @@ def train_in_a_process(run, settings):
     subprocess.run(command(run.folder, settings), check=True, timeout=SECONDS, capture_output=True, env=ENVIRONMENT)
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.soak)])
 def test_killed_and_resumed_equals_never_killed(tmp_path, settings, kills):
     whole, run = Run(tmp_path / "whole"), Run(tmp_path / "killed")
     train_in_a_process(whole, settings)
