@@ -150,7 +150,7 @@ def around(line: bytes, at: int, width: int = 30) -> str:
     start = max(at - width, 0)
     stop = start + 2 * width
     left, right = "…" if start else "", "…" if stop < len(line) else ""
-    return left + line[start:stop].decode("utf-8", errors="replace") + right
+    return left + line[start:stop].decode("utf-8", errors="ignore") + right
 
 
 def scan_text(path: Path, encoding: str) -> Found:

@@ -1,4 +1,5 @@
-"""Training text for the eye: how long documents are, and one of them token by token, coloured by what is trained.
+"""Training text for the eye: how long documents are against a ctx_len that a slider moves, and the documents one by
+one, token by token, coloured by what is trained.
 
 The colours are translucent over the page's own, so that light and dark themes both work; trained tokens have a line
 below them too, for readers who do not tell the colours apart.
@@ -7,16 +8,19 @@ below them too, for readers who do not tell the colours apart.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from html import escape
 from typing import NamedTuple
 
+import ipywidgets as widgets
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from ..data.convert import Progress
+from ..data.estimate import Fit, fit
 from ..data.sources import Document
-from .plots import COLOURS, GRID, INK
+from .plots import COLOURS, GRID, INK, png
 
 _TRAINED = "background:rgba(0,158,115,.25);border-bottom:2px solid rgb(0,158,115)"
 _SHOWN = "background:rgba(128,128,128,.14);border-bottom:2px solid transparent"
@@ -142,3 +146,88 @@ def _legend(document: Document) -> str:
              "字<sub>3</sub> a character in 3 tokens", "↵ a line ends", "end: id 0 closes the document")
     return (f'<div style="margin-top:6px;font-size:12px;line-height:1.8;opacity:.85">{" · ".join(parts)}'
             "</div>")
+
+
+class LengthSlider(widgets.VBox):
+    """Documents' lengths (int [n], tokens) against a ctx_len that can be moved: what is cut, what is padding.
+
+    `value` is the ctx_len that is chosen, `packed` whether rows are packed.
+    """
+
+    def __init__(self, sizes: np.ndarray, ctx_len: int, micro_bsz: int = 8):
+        self._sizes, self._micro_bsz = np.asarray(sizes), micro_bsz
+        longest = max(int(self._sizes.max()), ctx_len, 3)
+        # at 2, 4, 6 … or, of long documents, at steps of 16: a slider has few places
+        step = 2 if longest <= 1024 else 16
+        self._slider = widgets.IntSlider(ctx_len, 2, -(-longest // step) * step, step, description="ctx_len",
+                                         continuous_update=False, layout={"width": "420px"})
+        self._pack = widgets.Checkbox(False, description="packed", indent=False)
+        self._text, self._image = widgets.HTML(), widgets.Image(format="png")
+        self._slider.observe(self._show, "value")
+        self._pack.observe(self._show, "value")
+        super().__init__([widgets.HBox([self._slider, self._pack]), self._text, self._image])
+        self._show()
+
+    def __repr__(self) -> str:
+        return f"LengthSlider({len(self._sizes)} documents, ctx_len {self.value})"
+
+    @property
+    def value(self) -> int:
+        return self._slider.value
+
+    @property
+    def packed(self) -> bool:
+        return self._pack.value
+
+    def _show(self, _=None) -> None:
+        self._text.value = escape(fit_text(fit(self._sizes, self.value, self._micro_bsz), self.packed))
+        self._image.value = png(length_figure(self._sizes, self.value))
+
+
+def fit_text(found: Fit, packed: bool) -> str:
+    """A Fit in a sentence."""
+    rest = f"packed into {found.rows:,} rows or a few more, no padding" if packed else f"{found.padding:.1%} padding"
+    return (f"{found.cut:.1%} of the documents are longer and are split ({found.lost:.1%} of the tokens would be lost "
+            f"if they were cut) · {found.pieces:,} pieces · {rest}")
+
+
+class DocumentBrowser(widgets.VBox):
+    """Documents one by one, as document_html shows them; `turn_to(i)` shows document i (from 0)."""
+
+    def __init__(self, documents: Sequence[Document], tokenizer, most: int = 2000):
+        self._documents, self._tokenizer, self._most = documents, tokenizer, most
+        self._number = widgets.BoundedIntText(1, 1, len(documents), description="document", layout={"width": "180px"})
+        turn = [widgets.Button(description=text, layout={"width": "44px"}) for text in ("◀", "▶")]
+        for button, step in zip(turn, (-1, 1), strict=True):
+            button.on_click(lambda _, step=step: self.turn_to(self._number.value - 1 + step))
+        self._page = widgets.HTML()
+        self._number.observe(self._show, "value")
+        super().__init__([widgets.HBox([turn[0], self._number, turn[1], widgets.HTML(f"of {len(documents):,}")]),
+                          self._page])
+        self._show()
+
+    def __repr__(self) -> str:
+        return f"DocumentBrowser({len(self._documents)} documents)"
+
+    def turn_to(self, i: int) -> None:
+        """Show document i; behind either end, to the last one there."""
+        self._number.value = min(max(i, 0), len(self._documents) - 1) + 1
+
+    def _show(self, _=None) -> None:
+        self._page.value = document_html(self._documents[self._number.value - 1], self._tokenizer, most=self._most)
+
+
+class ConversionBar(widgets.HBox):
+    """How far a conversion is: give `bar.show` to jsonl_to_binidx as its progress."""
+
+    def __init__(self):
+        self._bar, self._text = widgets.FloatProgress(value=0, min=0, max=1), widgets.HTML()
+        super().__init__([self._bar, self._text])
+
+    def __repr__(self) -> str:
+        return "ConversionBar()"
+
+    def show(self, now: Progress) -> None:
+        self._bar.value = now.done / max(now.total, 1)
+        self._text.value = (f"{now.done / 1e6:,.1f} of {now.total / 1e6:,.1f} MB · {now.documents:,} documents · "
+                            f"{now.mb_per_s:.1f} MB/s · {now.seconds_left:.0f} s left")

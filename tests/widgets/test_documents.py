@@ -9,9 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rwkv_nb.data.chat import loss_mask
+from rwkv_nb.data.convert import Progress
 from rwkv_nb.data.sources import Document
 from rwkv_nb.tokenizer import ByteTokenizer, WorldTokenizer
-from rwkv_nb.widgets.documents import document_html, groups, length_figure
+from rwkv_nb.widgets.documents import (
+    ConversionBar,
+    DocumentBrowser,
+    LengthSlider,
+    document_html,
+    groups,
+    length_figure,
+)
 from rwkv_nb.widgets.plots import png
 
 WORLD, BYTE = WorldTokenizer(), ByteTokenizer()
@@ -67,3 +75,33 @@ def test_length_figure_tells_the_share_that_is_split(sizes, ctx_len, told):
     counts = sum(patch.get_height() for patch in axes.patches if patch.get_height())
     assert counts == sum(size > 0 for size in sizes)
     assert png(figure).startswith(b"\x89PNG")
+
+
+def test_the_slider_tells_what_is_cut_and_padded():
+    view = LengthSlider(np.array([10, 20, 30, 101]), 40, micro_bsz=4)
+    assert "25.0% of the documents" in view.children[1].value and view.value == 40
+    before = view.children[2].value
+    view._slider.value = 20
+    assert "50.0% of the documents" in view.children[1].value and view.children[2].value != before
+    assert "padding" in view.children[1].value and not view.packed
+    view._pack.value = True
+    assert "no padding" in view.children[1].value and view.packed and "ctx_len 20" in repr(view)
+
+
+def test_the_browser_turns_to_every_document_and_stops_at_the_ends():
+    documents = [document(f"User: {i}\n\nAssistant: answer {i}", BYTE) for i in range(3)]
+    browser = DocumentBrowser(documents, BYTE)
+    left, _, right, _ = browser.children[0].children
+    for i, press in ((0, right), (1, right), (2, right), (2, left), (1, None)):
+        assert browser.children[1].value == document_html(documents[i], BYTE)
+        if press:
+            press.click()
+    browser.turn_to(-5)
+    assert browser.children[1].value == document_html(documents[0], BYTE)
+
+
+def test_the_bar_tells_speed_and_time_left():
+    bar = ConversionBar()
+    bar.show(Progress(25_000_000, 100_000_000, 1234, 12.5, 6.0))
+    assert bar.children[0].value == 0.25
+    assert bar.children[1].value == "25.0 of 100.0 MB · 1,234 documents · 12.5 MB/s · 6 s left"
