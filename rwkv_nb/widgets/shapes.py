@@ -35,13 +35,18 @@ _PARTS = {  # name: (kind, keys it takes); the first that fits takes a key
     "blocks/att/x_r x_w x_k x_v x_a x_g": ("vectors and norms", r".*\.att\.x_."),
     **{f"blocks/att/{c}0 {c}1 {c}2 ({name})" if c != "g" else "blocks/att/g1 g2 (gate)":
        ("low-rank gates", rf".*\.att\.{c}\d") for c, name in _GATES.items()},
+    "blocks/att/time_maa_x w k v r g": ("vectors and norms", r".*\.att\.time_maa_."),
+    "blocks/att/time_mix_k v r g": ("vectors and norms", r".*\.att\.time_mix_."),
+    "blocks/att/time_maa_w1 w2 (token shift)": ("low-rank gates", r".*\.att\.time_maa_w\d"),
+    "blocks/att/time_decay_w1 w2 (decay)": ("low-rank gates", r".*\.att\.time_decay_w\d"),
+    "blocks/att/time_decay time_faaaa": ("vectors and norms", r".*\.att\.time_(decay|faaaa)"),
     "blocks/att/k_k k_a r_k": ("vectors and norms", r".*\.att\.(k_k|k_a|r_k)"),
     **{f"blocks/att/{name}": ("time mix", rf".*\.att\.{name}\.weight")
-       for name in ("receptance", "key", "value", "output")},
+       for name in ("receptance", "key", "value", "output", "gate")},
     "blocks/att/ln_x": ("vectors and norms", r".*\.att\.ln_x\..*"),
     "blocks/ffn/x_k": ("vectors and norms", r".*\.ffn\.x_k"),
-    "blocks/ffn/key": ("channel mix", r".*\.ffn\.key\.weight"),
-    "blocks/ffn/value": ("channel mix", r".*\.ffn\.value\.weight"),
+    **{f"blocks/ffn/time_{m}_k r": ("vectors and norms", rf".*\.ffn\.time_{m}_.") for m in ("maa", "mix")},
+    **{f"blocks/ffn/{name}": ("channel mix", rf".*\.ffn\.{name}\.weight") for name in ("key", "receptance", "value")},
     "ln_out": ("vectors and norms", r"ln_out\..*"),
     "head": ("head", r"head\..*"),
 }
@@ -227,11 +232,11 @@ class ShapePanel(W.VBox):
     def _changed(self, _=None) -> None:
         try:
             self.run.update(r=self._r.value, lora_alpha=self._alpha.value)
+            shape, lora = self.sizes[self._size.value], self.lora
+            self._table.value, self._advice.value = table_html(shape, lora), advice_html(lora)
+            self._picture.value = png(rank_figure(self.sizes, self._size.value, lora))
         except RwkvNbError as error:
             self._note.value = f"<b style='color:{COLOURS[1]}'>{html.escape(str(error))}</b>"
             return
-        shape, lora = self.sizes[self._size.value], self.lora
-        self._table.value, self._advice.value = table_html(shape, lora), advice_html(lora)
-        self._picture.value = png(rank_figure(self.sizes, self._size.value, lora))
         self._note.value = ("<span style='font-size:12px;opacity:.7'>r and alpha are written to "
                             f"{html.escape(self.run.name)}/settings.json</span>")

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rwkv_nb.config import LoraSettings
-from rwkv_nb.model import PUBLISHED, Shape
+from rwkv_nb.model import PUBLISHED, PUBLISHED_OLDER, Shape
 from rwkv_nb.runs import Run
 from rwkv_nb.widgets.plots import png
 from rwkv_nb.widgets.shapes import (
@@ -23,11 +23,12 @@ from rwkv_nb.widgets.shapes import (
     table_html,
 )
 
-shapes = st.builds(lambda L, H, N, V, F, *ranks: Shape(L, H * N, V, *ranks[:4], F, N, ranks[4]), st.integers(1, 4),
-                   st.integers(1, 3), st.sampled_from([16, 64]), st.integers(2, 300), st.integers(1, 99),
-                   *[st.integers(1, 40)] * 4, st.integers(0, 9))
+shapes = st.builds(lambda version, L, H, N, V, F, *r: Shape(L, H * N, V, *r[:4], F, N, r[4], version, r[5]),
+                   st.sampled_from(["x070", "x060", "x052"]), st.integers(1, 4), st.integers(1, 3),
+                   st.sampled_from([16, 64]), st.integers(2, 300), st.integers(1, 99), *[st.integers(1, 40)] * 4,
+                   st.integers(0, 9), st.integers(1, 40))
 targets = st.lists(st.sampled_from(["att.receptance", "att.key", "att.output", "key", "ffn.value", "head",
-                                    "blocks.0.att.value"]), min_size=1, max_size=4, unique=True).map(tuple)
+                                    "blocks.0.att.value"]), max_size=4, unique=True).map(tuple)
 
 
 @settings(max_examples=40, deadline=None)
@@ -51,6 +52,15 @@ def test_published_sizes(size):
     assert f"{shape.n_params():,}" in table and f"[{4 * C}, {C}]" in table and "LoRA, r 8" in table
 
 
+@pytest.mark.parametrize("size", PUBLISHED_OLDER)
+def test_older_sizes(size):
+    shape, lora = PUBLISHED_OLDER[size], LoraSettings(r=8)
+    C, table = shape.n_embd, table_html(PUBLISHED_OLDER[size], lora)
+    assert attached_params(shape, lora) == lora_params(shape, lora) == shape.n_layer * 8 * (6 * 2 * C + 2 * 4.5 * C)
+    assert "blocks/att/gate" in table and "blocks/ffn/receptance" in table and f"{shape.n_params():,}" in table
+    assert ("time_maa_w1 w2" in table) == (shape.version == "x060")
+
+
 @pytest.mark.parametrize("r, alpha, words", [(32, 64, "keep the learning rate"), (8, 32, "2× further: lower"),
                                              (64, 32, "4× less far: raise"), (8, 0, "nowhere")])
 def test_advice(r, alpha, words):
@@ -59,7 +69,7 @@ def test_advice(r, alpha, words):
 
 
 def test_figures_are_painted():
-    sizes = {"a_very_long_name_of_a_base": Shape(2, 64, 257, 8, 8, 8, 8, 128), **PUBLISHED}
+    sizes = {"a_very_long_name_of_a_base": Shape(2, 64, 257, 8, 8, 8, 8, 128), **PUBLISHED, **PUBLISHED_OLDER}
     for figure in (share_figure(sizes), rank_figure(sizes, "1.5B", LoraSettings(r=33))):
         assert png(figure).startswith(b"\x89PNG")
 
