@@ -226,7 +226,7 @@ struct Backward {
         }
       for (int i = 0; i < 2; ++i) {
         dk.tile(t, j).x[i] = sum_k.x[i] + u[j].x[i] * r0.x[i] * vdy[t];
-        dw.tile(t, j).x[i] = -sum_d.x[i] * d0.x[i] * decay_rate(w.tile(t, j).x[i]);
+        dw.tile(t, j).x[i] = -sum_d.x[i] * d0.x[i] * w.tile(t, j).x[i];
         chunk_w.x[i] += dw.tile(t, j).x[i];
         chunk_u.x[i] += r0.x[i] * k0.x[i] * vdy[t];
       }

@@ -216,7 +216,7 @@ struct Backward {
           G[n].x[i] = g * d0.x[i] + a0.x[i] * gbt[n];
         }
       dk.tile(t, j) = sum_k, db.tile(t, j) = sum_b;
-      for (int i = 0; i < 2; ++i) dw.tile(t, j).x[i] = -sum_d.x[i] * d0.x[i] * decay_rate(w.tile(t, j).x[i]);
+      for (int i = 0; i < 2; ++i) dw.tile(t, j).x[i] = -sum_d.x[i] * d0.x[i] * w.tile(t, j).x[i];
     }
   }
 };

@@ -68,14 +68,15 @@ struct Rows {
   Tile& tile(int64_t t, int64_t j) { return data[t * tiles + j]; }
 };
 
-// Raw decay inputs to decays, tiles first..last. Near 1, a decay's rounding would be the same at every step and add
-// up over thousands of them; so what the rounding of one step loses, the next step of the chunk makes good.
+// Raw decay inputs w to their rates, in place, and to decays, tiles first..last. Near 1, a decay's rounding would be the
+// same at every step and add up over thousands of them; so what one step's loses, the chunk's next step makes good.
 inline void to_decay(Rows& decay, Rows& w, int64_t steps, int64_t first, int64_t last) {
   for (int64_t j = first; j < last; ++j)
     for (int i = 0; i < 2; ++i) {
       Vec lost{};
       for (int64_t t = 0; t < steps; ++t) {
         const Vec e = decay_rate(w.tile(t, j).x[i]);
+        w.tile(t, j).x[i] = e;
         Vec fall = 1.0f - e / 7;  // 1 - exp(-e) for small e
         for (float c : {1.0f / 6, 1.0f / 5, 0.25f, 1.0f / 3, 0.5f}) fall = 1.0f - e * c * fall;
         fall = e * fall + lost;
