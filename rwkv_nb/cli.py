@@ -77,6 +77,10 @@ def _parser() -> argparse.ArgumentParser:
                        help="auto goes on from an unfinished checkpoint of the same settings")
     train.set_defaults(command=_train, parser=train)
 
+    settings = commands.add_parser("settings", help="every setting with its default, as a table")
+    settings.add_argument("--zh", action="store_const", const="zh", default="en", dest="language", help="中文")
+    settings.set_defaults(command=_settings, parser=settings)
+
     merge = commands.add_parser("merge", help="put an adapter into its base: a whole model")
     merge.add_argument("--load_model", required=True, help="the base model, a .pth or Ai00's .st")
     merge.add_argument("--adapter", required=True, nargs="+", help="adapter-*.safetensors, a run's folder for its last "
@@ -152,6 +156,16 @@ def flags_of(arguments: argparse.Namespace) -> dict:
         raise SettingsError(f"{twice[0]} is {flags[twice[0]]} and, in peft_config, {lora[twice[0]]}", where=twice[0],
                             fix="give it once")
     return config.PRESETS.get(arguments.preset, {}) | flags | lora
+
+
+def _settings(arguments) -> int:
+    print("| | default | |\n|---|---|---|")
+    for field in config.leaf_fields(Settings()):
+        text = field.metadata
+        default = " ".join(field.default) if isinstance(field.default, tuple) else field.default
+        chosen = f" ({' · '.join(map(str, text['choices']))})" if text["choices"] else ""
+        print(f"| `{field.name}` | {default} {text['unit']} | {text[arguments.language]}{chosen} |")
+    return 0
 
 
 def _import(arguments) -> int:

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -108,7 +109,10 @@ class LaunchedSession(Waiting):
     def change(self, **changes) -> LiveSettings:
         """Change LiveSettings by name in every process, from the next optimizer step on."""
         self._live = config.replace(self._live, **changes)
-        self._send("change", **changes)
+        if self._started:
+            self._send("change", **changes)
+        else:
+            self.settings = config.replace(self.settings, **changes)
         return self._live
 
     def snapshot(self) -> Snapshot:
@@ -119,7 +123,9 @@ class LaunchedSession(Waiting):
             told = json.loads(self._file["status.json"].read_text(encoding="utf-8")) if self._started else told
         if self._started and not alive and told["status"] not in DONE:
             well = self._process and self._process.returncode == 0      # a machine that has not the first process
-            told |= {"status": "finished"} if well else {"status": "failed", "error": self._last_words()}
+            told["status"] = "finished" if well else "failed"
+        if told["status"] == "failed":
+            told["error"] = self._last_words()
         live = told.pop("live", None)
         return Snapshot(**{
             "step": 0, "total_steps": 0, "epochs": 0.0, "notices": (), "files": (), "seconds_left": None, "error": "",
@@ -142,7 +148,8 @@ class LaunchedSession(Waiting):
 
     def _last_words(self) -> str:
         log = self._log.read_text(encoding="utf-8", errors="replace") if self._log.exists() else ""
-        return f"the processes of this run ended; {self._log.name} ends in\n" + "\n".join(log.splitlines()[-12:])
+        ours = re.search(r"^error in process \d+: (.*(?:\n→.*)?)", log, re.MULTILINE)
+        return ours[1] if ours else f"a process ended; {self._log.name} ends in\n" + "\n".join(log.splitlines()[-12:])
 
     def result(self) -> Snapshot:
         """The last snapshot. Raises TrainingError with what stopped the training."""

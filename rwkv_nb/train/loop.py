@@ -28,8 +28,9 @@ from ..data.sources import open_documents, open_split
 from ..errors import SettingsError, TrainingError
 from ..evaluate import text_loss
 from ..lora.adapter import adapter_tensors, save_adapter, set_adapter_tensors
-from ..lora.layers import adapter_parameters, attach, set_dropout_step, set_strength
+from ..lora.layers import adapter_parameters, attach, set_dropout_step
 from ..lora.merge import merge
+from ..lora.parts import trained_parts
 from ..model import Shape, fingerprint, load_model
 from ..runs import Run
 from ..tokenizer import get_tokenizer
@@ -270,7 +271,8 @@ class Trainer:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad()
-        set_strength(self.model, 1)       # trained parts: the model computes with a copy in its own dtype
+        for part in trained_parts(self.model).values():
+            part.use()                    # the model computes with a copy in its own dtype
         self._good += 1
         if self._scale > 1 and self._good % SCALE_UP_AFTER == 0:
             self._scale = min(2 * self._scale, LARGEST_SCALE)

@@ -206,6 +206,8 @@ def _changes(rows: Sequence[Mapping]) -> list[tuple[float, str]]:
             changed.setdefault((row["step"], row["name"]), [row["from"], None])[1] = row["to"]
         elif row.get("event") == "pause":
             changed[row["step"], "paused"] = []
+        elif row.get("event") == "skip":
+            changed[row["step"], "skipped"] = []
     return [(step, f"{name} {_value(values[0])} → {_value(values[1])}" if values else name)
             for (step, name), values in changed.items()]
 

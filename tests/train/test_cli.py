@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rwkv_nb.cli import main
+from rwkv_nb.config import Settings, leaf_fields
 from rwkv_nb.lora.adapter import load_adapter
 from rwkv_nb.model import load_weights
 from rwkv_nb.runs import Run
@@ -41,10 +42,19 @@ def test_a_run_goes_on_from_its_own_settings(tmp_path, settings):
     assert load_adapter(Run(tmp_path).last_adapter()).meta.r == 4
 
 
+@pytest.mark.parametrize("language, flags", [("en", []), ("zh", ["--zh"])])
+def test_the_table_of_settings_says_each_in_both_languages(capsys, language, flags):
+    assert main(["settings", *flags]) == 0
+    told = capsys.readouterr().out
+    assert all(f"`{field.name}`" in told and field.metadata[language] in told for field in leaf_fields(Settings()))
+
+
 @pytest.mark.parametrize("arguments, said", [
     (["train", "--micro_bz", "3"], "did you mean --micro_bsz"),
     (["train", "--r", "many"], "invalid int"),
     (["train", "--precision", "fp8"], "fp32"),
+    (["train", "--peft", "disha"], "lora"),
+    (["train", "--lr_schedule", "cosine"], "cos_decay"),
     (["train", "--proj_dir", "x", "--r", "0"], "at least 1"),
     (["train", "--peft_config", "{r:8}"], "not JSON"),
     (["train", "--load_model", "a.pth"], "proj_dir is not given"),

@@ -77,6 +77,15 @@ def test_a_process_that_dies_ends_the_run_and_the_checkpoint_goes_on(tmp_path, t
     assert numbers == list(range(1, len(numbers) + 1))
 
 
+def test_what_stops_a_process_is_said(tmp_path, two):
+    session = session_for(tmp_path, replace(two, data_file=str(tmp_path / "none.jsonl")))
+    session.change(lr_init=1e-4)                     # before the start: the run begins with it
+    session.start()
+    with pytest.raises(TrainingError, match="none.jsonl"):
+        session.join()
+    assert session.snapshot().live.lr_init == 1e-4
+
+
 def is_worker(pid, folder):
     try:
         words = open(f"/proc/{pid}/cmdline").read().split("\0")

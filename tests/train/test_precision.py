@@ -1,0 +1,45 @@
+"""bf16 and fp16 learn what fp32 learns: the quickstart's task, three seeds."""
+
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+from training import steps, train
+
+from rwkv_nb.config import Settings, replace
+from rwkv_nb.data.jsonl import read_jsonl
+from rwkv_nb.evaluate import exact_match
+from rwkv_nb.lora.adapter import apply_adapter, load_adapter
+from rwkv_nb.model import fingerprint, load_model
+from rwkv_nb.runs import Run
+from rwkv_nb.tokenizer import get_tokenizer
+
+SAMPLES = Path(__file__).parents[2] / "data_samples"
+BASE = SAMPLES / "tiny_base.pth"
+
+
+def learn(folder, seed, precision):
+    """(median loss of the first half, share of held-out answers that are right)"""
+    settings = replace(Settings(), load_model=str(BASE), data_file=str(SAMPLES / "quickstart_train.jsonl"), ctx_len=160,
+                       micro_bsz=16, epoch_steps=400, lr_init=2e-3, lr_final=1e-4, merge=0, precision=precision,
+                       random_seed=seed)
+    rows = steps(train(folder, settings).rows)
+    model = apply_adapter(load_model(BASE, dtype=torch.float32), load_adapter(Run(folder).last_adapter()),
+                          fingerprint(BASE))
+    heldout = [text for _, text in read_jsonl(SAMPLES / "quickstart_heldout.jsonl")]
+    score = exact_match(model, get_tokenizer("auto", model.shape.vocab_size), heldout)
+    return statistics.median(row["loss"] for row in rows[:len(rows) // 2]), score.share
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_half_precision_learns_the_same(tmp_path, seed):
+    loss, share = learn(tmp_path / "fp32", seed, "fp32")
+    print(f"\nseed {seed} fp32: median loss {loss:.4f}, right {share:.1%}")
+    for precision in ("bf16", "fp16"):
+        half_loss, half_share = learn(tmp_path / precision, seed, precision)
+        print(f"seed {seed} {precision}: median loss {half_loss:.4f} ({half_loss / loss - 1:+.2%}), "
+              f"right {half_share:.1%}")
+        assert half_loss == pytest.approx(loss, rel=0.02)
+        assert half_share == pytest.approx(share, abs=0.02)
