@@ -9,10 +9,18 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 LN_X_EPS = 64e-5  # the published 1e-5 times the squared divisor 8: RWKV-5's norm of x / 8 is the same
+
+
+class Linear(nn.Linear):
+    """A linear layer. One row alone goes through mv: in bf16 on a CPU it reads the weights up to 1.5 times as fast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.numel() == self.in_features and self.bias is None:
+            return torch.mv(self.weight, x.view(-1)).view(*x.shape[:-1], -1)
+        return F.linear(x, self.weight, self.bias)
 
 
 class Part(nn.Module):
@@ -25,16 +33,16 @@ class Part(nn.Module):
             if not kind:
                 self.register_parameter(name, nn.Parameter(torch.empty(size, **on)))
             elif len(size) == 2:
-                setattr(self, name, nn.Linear(size[1], size[0], bias=False, **on))
+                setattr(self, name, Linear(size[1], size[0], bias=False, **on))
             elif kind == "weight":
                 setattr(self, name, nn.GroupNorm(n_head, size[0], eps=LN_X_EPS, **on))
         self.n_head = n_head
 
     def heads(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """[B,T,C] → [B,T,H,N], each."""
-        return tuple(rearrange(x, "B T (H N) -> B T H N", H=self.n_head) for x in tensors)
+        return tuple([x.unflatten(-1, (self.n_head, -1)) for x in tensors])  # einops costs as much as a step's sums
 
     def norm(self, y: Tensor) -> Tensor:
         """ln_x of y [B,T,H,N]: a group norm over each head is a layer norm over its channels, several times faster."""
-        weight, bias = (rearrange(p, "(H N) -> H N", H=self.n_head) for p in (self.ln_x.weight, self.ln_x.bias))
+        weight, bias = (p.view(self.n_head, -1) for p in (self.ln_x.weight, self.ln_x.bias))
         return torch.addcmul(bias, F.layer_norm(y, y.shape[-1:], eps=self.ln_x.eps), weight)

@@ -16,17 +16,24 @@ def token_shift(x: Tensor, last: Tensor, *mixes: Tensor) -> tuple[Tensor, ...]:
     x [B,T,C], mixes [1,1,C] or [B,T,C] → as many tensors [B,T,C].
     last: [B,C], before the first token; or bool [B,T], for texts one behind the other: where one begins, x' is zero.
     """
-    return _TokenShift.apply(x, last, *mixes)
+    if torch.is_grad_enabled():
+        return _TokenShift.apply(x, last, *mixes)
+    step_back = _step_back(x, last)     # without a graph: a token at a time, the graph's cost would show
+    return tuple(torch.addcmul(x, step_back, mix) for mix in mixes)
+
+
+def _step_back(x: Tensor, last: Tensor) -> Tensor:
+    """x' - x"""
+    if last.dtype != torch.bool:
+        before = last[:, None]
+        return (before if x.shape[1] == 1 else torch.cat([before, x[:, :-1]], dim=1)) - x
+    return torch.cat([x[:, :1], x[:, :-1]], dim=1).masked_fill_(last[..., None], 0).sub_(x)
 
 
 class _TokenShift(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, last, *mixes):
-        starts = last if last.dtype == torch.bool else None
-        step_back = torch.cat([x[:, :1] if starts is not None else last[:, None], x[:, :-1]], dim=1)
-        if starts is not None:
-            step_back.masked_fill_(starts[..., None], 0)
-        step_back.sub_(x)
+        starts, step_back = last if last.dtype == torch.bool else None, _step_back(x, last)
         ctx.save_for_backward(step_back if any(ctx.needs_input_grad[2:]) else None, starts, *mixes)
         return tuple(torch.addcmul(x, step_back, mix) for mix in mixes)
 
@@ -50,7 +57,7 @@ class _TokenShift(torch.autograd.Function):
 
 def squared_relu(x: Tensor) -> Tensor:
     """max(x, 0)², any shape."""
-    return _SquaredRelu.apply(x)
+    return _SquaredRelu.apply(x) if torch.is_grad_enabled() else torch.relu(x).square_()
 
 
 class _SquaredRelu(torch.autograd.Function):

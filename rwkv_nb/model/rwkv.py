@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from . import rwkv5, rwkv6, rwkv7
+from .parts import Linear
 from .shape import Shape
 
 PARTS = {"x070": rwkv7, "x060": rwkv6, "x052": rwkv5}
@@ -74,7 +75,7 @@ class RWKV(nn.Module):
             shape.vocab_size, shape.n_embd, **on))
         self.blocks = nn.ModuleList(Block(shape, i, **on) for i in range(shape.n_layer))
         self.ln_out = nn.LayerNorm(shape.n_embd, **on)
-        self.head = nn.Linear(shape.n_embd, shape.vocab_size, bias=False, **on)
+        self.head = Linear(shape.n_embd, shape.vocab_size, bias=False, **on)
 
     def zero_state(self, batch: int) -> State:
         """The state before any text, for B = batch."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 
 from ..wkv import wkv7
 from .parts import Part
@@ -39,7 +38,7 @@ class TimeMix(Part):
         r, w, k, v, a = self.heads(r, w.to(x.dtype), k, v, a)
         y, state = wkv7(r, w, k, v, -kk, kk * a, state, op=op)
         y = torch.addcmul(self.norm(y), (r * k * self.r_k).sum(-1, keepdim=True), v)
-        return self.output(rearrange(y, "B T H N -> B T (H N)") * g), v_first, state
+        return self.output(y.flatten(2) * g), v_first, state
 
 
 class ChannelMix(Part):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -93,7 +94,8 @@ def _run(version, op, state, **inputs):
     _check_shapes(version, state, inputs)
     r = inputs["r"]
     form = _TABLE[pick_op(op, r.device, r.dtype, version)].forms[version]
-    with torch.autocast(r.device.type, enabled=False):  # the state's sums stay float32
+    mixed = torch.is_autocast_enabled(r.device.type)
+    with torch.autocast(r.device.type, enabled=False) if mixed else nullcontext():  # the state's sums stay float32
         if state is not None and state.dtype == torch.bool:
             return by_text(form, state, inputs), state
         return form(*inputs.values(), state)
