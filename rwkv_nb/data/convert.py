@@ -56,9 +56,10 @@ def jsonl_to_binidx(path: str | Path, prefix: str | Path, tokenizer, progress: C
                     *, data: DataSettings = DEFAULTS, workers: int = 0, block: int = BLOCK) -> int:
     """Write a jsonl file as a .bin/.idx pair, a 0 at the end of each document; returns how many documents.
 
-    Rows become text by data.template. workers 0: as many processes as there are cores and blocks. Raises DataError
-    with file and line for the first line that cannot be used; nothing is written then. Raises RunError where another
-    process writes the same pair, or the disk is full.
+    Rows become text by data.template. workers 0: as many processes as there are cores and blocks; each holds a
+    tokenizer of its own (World: about 240 MB) and a few blocks, whatever the file's size. Raises DataError with file
+    and line for the first line that cannot be used; nothing is written then. Raises RunError where another process
+    writes the same pair, or the disk is full.
     """
     path, began = Path(path), time.monotonic()
     try:
@@ -67,7 +68,7 @@ def jsonl_to_binidx(path: str | Path, prefix: str | Path, tokenizer, progress: C
                                                       tokenizer.name, data.template, data.data_type]) as part:
             file.seek(first := part.offset)
             workers = workers or min(len(os.sched_getaffinity(0)), -(-(told.st_size - first) // block))
-            work = functools.partial(_encode, tokenizer=tokenizer.name, data=data)
+            work = functools.partial(_encode, tokenizer=tokenizer.name if workers > 1 else tokenizer, data=data)
             for encoded, offset in _in_order(_blocks(file, block), work, workers):
                 if isinstance(encoded, Problem):
                     next(good(iter([encoded._replace(line=encoded.line + part.lines)]), path))
@@ -96,9 +97,10 @@ def _blocks(file: BinaryIO, size: int) -> Iterator[tuple[bytes, int]]:
         yield text, file.tell()
 
 
-def _encode(text: bytes, tokenizer: str, data: DataSettings) -> Encoded | Problem:
-    """One block's documents, or its first problem, the line counted from the block's own first."""
-    encode = _tokenizer(tokenizer).encode
+def _encode(text: bytes, tokenizer, data: DataSettings) -> Encoded | Problem:
+    """One block's documents, or its first problem, the line counted from the block's own first. Another process makes
+    its own tokenizer, by name: it cannot be sent there."""
+    encode = (_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer).encode
     tokens, sizes = [], []
     for found in scan_lines(io.BytesIO(text), row_writer(data)):
         if isinstance(found, Problem):

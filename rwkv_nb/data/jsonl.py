@@ -73,9 +73,10 @@ def row_writer(data: DataSettings) -> Callable[[object], str]:
         if not isinstance(row, dict):
             raise DataError(f"a JSON object is needed, this is a {type(row).__name__}")
         text = row_text(row, template, fields)
-        lone = next((i for i, c in enumerate(text) if "\ud800" <= c <= "\udfff"), None)
-        if lone is not None:
-            raise DataError(f'"text" has half a surrogate pair at character {lone + 1}')
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f'"text" has half a surrogate pair at character {error.start + 1}') from error
         return text
     return write
 

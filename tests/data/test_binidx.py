@@ -130,3 +130,31 @@ def test_another_vocabulary_is_refused(tmp_path):
     with pytest.raises(DataError, match="document 2: it has id 3000"):
         binidx_to_jsonl(tmp_path / "a", tmp_path / "a.jsonl", ByteTokenizer())
     assert not (tmp_path / "a.jsonl").exists()
+
+
+def independent_reader(prefix):
+    """Documents by the format's description alone, number by number."""
+    with open(f"{prefix}.idx", "rb") as idx, open(f"{prefix}.bin", "rb") as bin_:
+        assert idx.read(9) == b"MMIDIDX\0\0"
+        version, code, n, n_docs = struct.unpack("<QBQQ", idx.read(25))
+        assert (version, code) == (1, 8)
+        sizes, places = (struct.unpack(f"<{n}{kind}", idx.read(n * width)) for kind, width in (("i", 4), ("q", 8)))
+        assert struct.unpack(f"<{n_docs}q", idx.read()) == tuple(range(n + 1))
+        documents = []
+        for size, place in zip(sizes, places, strict=True):
+            bin_.seek(place)
+            documents.append(list(struct.unpack(f"<{size}H", bin_.read(2 * size))))
+        assert not bin_.read()
+    return documents
+
+
+@settings(max_examples=50, deadline=None)
+@given(documents=st.lists(st.lists(st.integers(0, 65535), max_size=20), min_size=1, max_size=8).filter(any))
+def test_independent_programs_read_and_write_the_same(tmp_path_factory, documents):
+    folder = tmp_path_factory.mktemp("pair")
+    write_binidx(folder / "ours", documents)
+    assert independent_reader(folder / "ours") == documents
+    foreign(folder, documents, "<u2", 8)
+    assert [d.tolist() for d in BinIdx(folder / "f")] == documents
+    for end in ("bin", "idx"):
+        assert (folder / f"f.{end}").read_bytes() == (folder / f"ours.{end}").read_bytes()
