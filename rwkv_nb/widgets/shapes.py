@@ -23,7 +23,8 @@ from ..runs import Run
 from .plots import COLOURS, GRID, INK, TICK, png
 
 # Parameters of the released models as their files have them, without block 0's unused v0 v1 v2.
-KNOWN_TOTALS = {"0.1B": 191_034_624, "0.4B": 450_767_872, "1.5B": 1_527_404_544, "2.9B": 2_947_735_040}
+KNOWN_TOTALS = {"0.1B": 191_034_624, "0.4B": 450_767_872, "1.5B": 1_527_404_544, "2.9B": 2_947_735_040,
+                "v6 1.6B": 1_599_873_024}
 RANKS = (4, 8, 16, 32, 64, 128, 256)
 USUAL_SCALE = 2.0    # alpha / r
 KINDS = {"embedding": COLOURS[5], "time mix": COLOURS[1], "low-rank gates": COLOURS[4], "channel mix": COLOURS[2],

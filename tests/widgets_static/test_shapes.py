@@ -56,6 +56,7 @@ def test_published_sizes(size):
 def test_older_sizes(size):
     shape, lora = PUBLISHED_OLDER[size], LoraSettings(r=8)
     C, table = shape.n_embd, table_html(PUBLISHED_OLDER[size], lora)
+    assert shape.n_params() == KNOWN_TOTALS.get(size, shape.n_params())
     assert attached_params(shape, lora) == lora_params(shape, lora) == shape.n_layer * 8 * (6 * 2 * C + 2 * 4.5 * C)
     assert "blocks/att/gate" in table and "blocks/ffn/receptance" in table and f"{shape.n_params():,}" in table
     assert ("time_maa_w1 w2" in table) == (shape.version == "x060")
