@@ -15,6 +15,7 @@ ELSEWHERE = {
     "--fla": "use --op fla",
     "--train_type": "leave it out; for infctx set --chunk_ctx, for instance to 1024",
     "--lora_config": """use --peft_config '{"r":32,"lora_alpha":64,"lora_dropout":0.01}'""",
+    "--rwkv_version": "use --my_testing, or leave it out: the version is read from the base",
     "--lora": "leave it out: --peft lora is all there is",
     "--lora_r": "use --r",
     "--lora_parts": "use --target_modules and --train_parts",

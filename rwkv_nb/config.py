@@ -179,9 +179,9 @@ class TrainSettings:
     master_addr: str = _option("", "with several machines: address and free port of machine 0, like 10.0.0.1:29500",
                                "多机训练时 0 号机器的地址与端口,如 10.0.0.1:29500")
     strategy: str = _option(
-        "auto", "how several devices share a run: ddp gives each the whole model, deepspeed_stage_1, 2, 3 share "
-        "optimizer state, gradients and weights (an extra); auto is ddp, and one device needs none",
-        "多卡训练策略;单卡无需设置,auto 即 ddp,deepspeed_stage_* 需另装 deepspeed", choices=STRATEGIES)
+        "auto", "how several devices share a run: ddp, which auto means, gives each the whole model; one device needs "
+        "none, whatever is asked for; deepspeed_stage_* is refused on several, for now",
+        "多卡训练策略:auto 即 ddp;单卡不需要;deepspeed_stage_* 目前仅接受单卡", choices=STRATEGIES)
     random_seed: int = _option(42, "seed of the order, the initial adapter and dropout", "随机种子", low=0)
     merge: int = _option(1, "1 writes rwkv-{epoch}.pth, the complete merged model, at each save",
                          "1 表示每次保存时同时写出合并后的完整模型", choices=(0, 1))

@@ -220,6 +220,8 @@ class TrainSession(Waiting):
     def _train(self) -> str:
         trainer, self._status = self.trainer, "training"
         self._checkpoint_at = time.monotonic() + self.settings.train.checkpoint_seconds
+        if trainer.step == 0:
+            self._evaluate()              # the base's: what can be wrong with held-out data is wrong now
         while trainer.step < trainer.total_steps:
             orders, began = self._orders(), time.monotonic()
             live = orders.live

@@ -90,6 +90,7 @@ def test_held_out_loss_keeps_the_best_adapter_warns_and_stops_early(tmp_path, se
     losses = [row["heldout_loss"] for row in evals]
     best = losses.index(min(losses))
     assert end.status == "stopped" and len(losses) - 1 - best == 3
+    assert evals[0]["step"] == 0
     assert load_adapter(tmp_path / "run" / "adapter-best.safetensors").meta.step == evals[best]["step"]
     assert any("has turned up" in notice for notice in end.notices)
     assert any("stopped early" in notice for notice in end.notices)
