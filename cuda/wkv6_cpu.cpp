@@ -87,7 +87,7 @@ struct Forward {
     for (int64_t t = 0; t < steps; ++t) own[t] = dot(u, r, k, t);
     for (int64_t j = first; j < last; ++j)
       for (int64_t t = 0; t < steps; ++t) step(&S[j * N], N, d[t], k[t], r[t], own[t], v.tile(t, j), y.tile(t, j));
-    to.y.store(y, bh, t0, steps, first, last);
+    to.y.store(y, bh, t0, steps, next, first, last);
   }
 
   // Σ u a b of step t.
@@ -181,8 +181,8 @@ struct Backward {
       keys(j, c, n);
     }
     for (auto [out, rows] : {std::pair(&to.dr, &dr), {&to.dk, &dk}, {&to.dv, &dv}})
-      out->store(*rows, bh, t0, n, first, last);
-    if (to.dw) to.dw->store(dw, bh, t0, n, first, last);
+      out->store(*rows, bh, t0, n, t1, first, last);
+    if (to.dw) to.dw->store(dw, bh, t0, n, t1, first, last);
   }
 
   // One step of the state of a key tile.

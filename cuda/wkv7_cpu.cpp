@@ -84,8 +84,8 @@ struct Forward {
         sas.tile(t, j) = sa[j];
         step(&S[j * N], N, d[t], b[t], k[t], r[t], a[t], sa[j], v.tile(t, j), y.tile(t, j));
       }
-    to.y.store(y, bh, t0, steps, first, last);
-    if (to.sa) to.sa->store(sas, bh, t0, steps, first, last);
+    to.y.store(y, bh, t0, steps, next, first, last);
+    if (to.sa) to.sa->store(sas, bh, t0, steps, next, first, last);
   }
 };
 
@@ -159,7 +159,7 @@ struct Backward {
     }
     for (auto [out, rows] : {std::pair(&to.dr, &dr), {&to.dw, &dw}, {&to.dk, &dk}, {&to.dv, &dv}, {&to.da, &da},
                              {&to.db, &db}})
-      out->store(*rows, bh, t0, n, first, last);
+      out->store(*rows, bh, t0, n, t1, first, last);
   }
 
   // Back in time over a value tile: forward's recurrence with the roles exchanged.

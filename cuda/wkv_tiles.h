@@ -113,10 +113,13 @@ class Sequence {
     }
   }
   // The way back.
-  void store(Rows& rows, int64_t bh, int64_t t0, int64_t steps, int64_t first, int64_t last) const {
+  void store(Rows& rows, int64_t bh, int64_t t0, int64_t steps, int64_t next, int64_t first, int64_t last) const {
     const int64_t from = first * TILE, n = std::min(last * TILE, N_) - from;
-    for (int64_t s = 0; s < steps; ++s)
+    for (int64_t s = 0; s < steps; ++s) {
+      if (next + s >= 0 && next + s < T_)
+        for (int64_t i = 0; i < n * size_; i += 64) __builtin_prefetch(row(bh, next + s, from) + i, 1);
       with_row(bh, t0 + s, from, [&](auto* x) { copy(x, rows[s] + from, n); });
+    }
   }
 
  private:
