@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from ..errors import KernelError
-from . import kernels, reference
+from . import fla_op, kernels, reference, triton_op
 from .build import compiler_info
 from .packed import by_text
 from .selftest import self_test
@@ -25,10 +25,17 @@ class _Op(NamedTuple):
     forms: dict[int, Callable]
     device: str = ""             # type of device, "" for any
     load: Callable | None = None  # makes it ready, or raises KernelError; None: plain PyTorch, any dtype
+    auto: bool = True            # "auto" may take it
+
+
+def _in(module) -> dict[int, Callable]:
+    return {7: module.wkv7, 6: module.wkv6, 5: module.wkv5}
 
 
 _TABLE = {  # the fastest first: "auto" takes the first that works
     "cuda": _Op({v: functools.partial(kernels.run_cuda, f"wkv{v}") for v in (7, 6, 5)}, "cuda", kernels.load_cuda),
+    "triton": _Op(_in(triton_op), "cuda", triton_op.load),
+    "fla": _Op(_in(fla_op), "cuda", fla_op.load, auto=False),
     "cpu": _Op({v: functools.partial(kernels.run, f"wkv{v}") for v in (7, 6, 5)}, "cpu", kernels.load),
     "chunked": _Op({7: reference.wkv7_chunked, 6: reference.wkv6_chunked, 5: reference.wkv5_chunked}),
     "torch": _Op({7: reference.wkv7_steps, 6: reference.wkv6_steps, 5: reference.wkv5_steps}),
@@ -44,8 +51,8 @@ def wkv7(r, w, k, v, a, b, state=None, *, op="auto"):
         w is the raw decay input (decay = exp(-exp(w))).
     state: [B,H,N,N] = [value, key], or None for zeros; or, for texts one behind the other, bool [B,T]: where a text
         begins and the state is zeros again (it comes back as it is).
-    op: "torch" (per step), "chunked" (PyTorch), "cpu" (C++), "cuda" (heads of 64 channels), or "auto", the fastest
-        that works here (`pick_op`).
+    op: "torch" (per step), "chunked" (PyTorch), "cpu" (C++), "cuda" (heads of 64 channels), "triton", "fla", or
+        "auto", the fastest that works here (`pick_op`).
     Returns y [B,T,H,N] in r's dtype and the last state, float32 (float64 for float64 inputs).
     Differentiable in all seven. Raises KernelError for shapes that do not fit or an op that cannot run here.
     """
@@ -74,17 +81,18 @@ def versions(op) -> tuple[int, ...]:
 def pick_op(op, device, dtype=torch.float32, version=7) -> str:
     """The op that `wkv7` (`wkv6`, `wkv5`: version) will run. device: a torch.device, its name, or a tensor.
 
-    The first call may compile. "auto" without a compiler warns once and takes "chunked". Raises KernelError for a
-    name that does not exist or cannot run here.
+    The first call may compile. "auto" warns once of each faster op that cannot run: on a GPU it takes "cuda", else
+    "triton", on a CPU "cpu", else "chunked". Raises KernelError for a name that does not exist or cannot run here.
     """
     if op not in OPS:
         raise KernelError(f"there is no WKV op {op!r}", fix=f"use one of {', '.join(OPS)}")
     device = torch.device(device.device if isinstance(device, torch.Tensor) else device)
     if op == "auto":
-        return next(name for name in _TABLE if _fits(name, device, dtype, version) and _works(name))
+        return next(name for name in _TABLE
+                    if _TABLE[name].auto and _fits(name, device, dtype, version) and _works(name))
     if not _fits(op, device, dtype, version):
         raise KernelError(f'WKV-{version} op "{op}" does not take {dtype} on {device.type}', where="op",
-                          fix='use op "auto", or float32, bfloat16 or float16 tensors on the device of its name')
+                          fix=f'use op "auto", or float32, bfloat16 or float16 on {_TABLE[op].device}')
     if _TABLE[op].load:
         _TABLE[op].load()
     return op
@@ -117,7 +125,7 @@ def _loads_or_warns(name) -> bool:
         if _TABLE[name].load:
             _TABLE[name].load()
     except KernelError as error:
-        warnings.warn(f'WKV runs without op "{name}", several times slower: {error}', stacklevel=2)
+        warnings.warn(f'WKV runs without op "{name}", perhaps several times slower: {error}', stacklevel=2)
         return False
     return True
 

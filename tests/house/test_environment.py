@@ -29,7 +29,7 @@ def test_every_requirement_is_pinned_to_a_version_that_fits():
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     pins = {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
     extras = PROJECT["optional-dependencies"]
-    for text in PROJECT["dependencies"] + extras["test"] + extras["cuda"] + extras["fla"]:  # triton: torch pins its own
+    for text in PROJECT["dependencies"] + extras["test"] + extras["cuda"]:
         requirement = Requirement(text)
         assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), text
 

@@ -36,20 +36,21 @@ def results(wkv, inputs, upstream, dtype=None):
     return [y, last, *torch.autograd.grad(outs, wanted, grads, allow_unused=True, materialize_grads=True)]
 
 
-def errors(version, T, B=1, H=1, dtype="float32", state=True, wide=False, only=None, odd=False):
-    """only: "y" or "last", the one result that is used. odd: mixed dtypes, no tensor whole or at a round address."""
-    dtype = getattr(torch, dtype)
-    *inputs, first = realistic_inputs(B, T, H, 64, version=version, wide=wide)
+def errors(version, T, B=1, H=1, N=64, dtype="float32", state=True, wide=False, only=None, odd=False, way=None):
+    """way: what to test, by default the operators. only: "y" or "last", the one result that is used. odd: mixed
+    dtypes, no tensor whole or at a round address."""
+    dtype, way = getattr(torch, dtype), way or functools.partial(kernels.run, f"wkv{version}")
+    *inputs, first = realistic_inputs(B, T, H, N, version=version, wide=wide)
     inputs = [x.to(dtype) for x in inputs] + [first if state else None]
     if odd:
         inputs[1] = inputs[1].bfloat16()
         inputs[2:5] = [torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape) for x in inputs[2:5]]
         inputs[0] = inputs[0].transpose(0, 1).contiguous().transpose(0, 1)
-        inputs[3] = inputs[3][:, :1].expand(B, T, H, 64)
-    upstream = (None if only == "last" else torch.randn(B, T, H, 64).to(dtype),
-                None if only == "y" else torch.randn(B, H, 64, 64))
+        inputs[3] = inputs[3][:, :1].expand(B, T, H, N)
+    upstream = (None if only == "last" else torch.randn(B, T, H, N).to(dtype),
+                None if only == "y" else torch.randn(B, H, N, N))
     reference = results(functools.partial(WKV[version], op="torch"), inputs, upstream, torch.float64)
-    out = results(functools.partial(kernels.run, f"wkv{version}"), inputs, upstream)
+    out = results(way, inputs, upstream)
     assert [x.dtype for x in out[2:]] == [x.dtype for x in inputs if x is not None]
     names = "y", "last", *NAMES[max(version, 6)]
     return {name: excess(x, ref) for name, x, ref in zip(names, out, reference, strict=False)}

@@ -1,0 +1,194 @@
+"""WKV-7, -6 and -5 in Triton, for a GPU without a CUDA compiler. One pair of kernels: DELTA adds what WKV-7 has more.
+
+Forward splits a head's value channels over several programs; backward takes a whole head, and computes the states of
+a chunk again from the one saved at its start, into scratch memory, so that nothing is divided by a decay.
+Tested on a CPU by Triton's interpreter. Not yet run on a GPU.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..errors import KernelError
+from .reference import at_every_step
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+SAVE = 16  # steps between two saved states
+ROWS = 16  # value channels of one forward program
+
+
+def load() -> None:
+    """Raises KernelError where triton is missing."""
+    if triton is None:
+        raise KernelError("triton is not installed", where="op", fix="pip install 'rwkv_nb[triton]'")
+
+
+def wkv7(r, w, k, v, a, b, state=None):
+    """Shapes and results as rwkv_nb.wkv.wkv7; N is a power of 2 from 16 on. Raises KernelError for others."""
+    return _run(r, w, k, v, a, b, state)
+
+
+def wkv6(r, w, k, v, u, state=None):
+    """As `wkv7`, for WKV-6."""
+    return _run(r, w, k, v, u, None, state)
+
+
+def wkv5(r, w, k, v, u, state=None):
+    """As `wkv7`, for WKV-5."""
+    return wkv6(r, at_every_step(w, r), k, v, u, state)
+
+
+def _run(r, w, k, v, a, b, state):
+    B, _, H, N = r.shape
+    if N < 16 or N & (N - 1):
+        raise KernelError(f'op "triton" takes heads of 16, 32, 64, … channels, not {N}', where="op",
+                          fix='use op "chunked"')
+    if state is None:
+        state = r.new_zeros(B, H, N, N, dtype=torch.float32)
+    return _WKV.apply(r, w, k, v, a, b, state)
+
+
+class _WKV(torch.autograd.Function):
+    """r, w, k, v [B,T,H,N] and, for WKV-7, a and b like them; for WKV-6 a is u [H,N] and b None."""
+
+    @staticmethod
+    def forward(ctx, r, w, k, v, a, b, state):
+        (B, T, H, N), delta = r.shape, b is not None
+        inputs = [x.contiguous() for x in (r, w, k, v, a, b if delta else a)]
+        y, last = r.new_empty(r.shape), state.new_empty(state.shape, dtype=torch.float32)
+        keep = any(ctx.needs_input_grad)
+        saved = last.new_empty(B * H * triton.cdiv(T, SAVE) if keep else 1, N, N)
+        state = state.float().contiguous()
+        _forward[B * H, N // ROWS](*inputs, state, y, last, saved, T, H, N, ROWS, SAVE, delta, keep)
+        ctx.save_for_backward(*inputs, saved)
+        ctx.delta = delta
+        return y, last
+
+    @staticmethod
+    def backward(ctx, dy, dlast):
+        *inputs, saved = ctx.saved_tensors
+        B, T, H, N = inputs[0].shape
+        grads = [torch.empty_like(x) for x in inputs]
+        if not ctx.delta:
+            grads[4] = saved.new_empty(B, H, N)
+        dstate, scratch = torch.empty_like(dlast), saved.new_empty(B * H, SAVE, N, N)
+        dy, dlast = dy.contiguous(), dlast.contiguous()
+        _backward[B * H,](*inputs, saved, dy, dlast, *grads, dstate, scratch, T, H, N, SAVE, ctx.delta)
+        if not ctx.delta:
+            grads[4:] = grads[4].sum(0).to(inputs[4].dtype), None
+        return *grads, dstate
+
+
+def _jit(kernel):
+    return triton.jit(kernel) if triton else kernel
+
+
+@_jit
+def _forward(r, w, k, v, a, b, state, y, last, saved, T, H, N: tl.constexpr, ROWS: tl.constexpr, SAVE: tl.constexpr,
+             DELTA: tl.constexpr, KEEP: tl.constexpr):
+    head = tl.program_id(0).to(tl.int64)
+    key = tl.arange(0, N)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    cell = row[:, None] * N + key[None, :]
+    S = tl.load(state + head * N * N + cell)
+    if not DELTA:
+        u = tl.load(a + head % H * N + key).to(tl.float32)
+    at = (head // H * T * H + head % H) * N
+    for t in range(T):
+        if KEEP:
+            if t % SAVE == 0:
+                tl.store(saved + (head * tl.cdiv(T, SAVE) + t // SAVE) * N * N + cell, S)
+        r_t = tl.load(r + at + key).to(tl.float32)
+        k_t = tl.load(k + at + key).to(tl.float32)
+        v_t = tl.load(v + at + row).to(tl.float32)
+        decay = tl.exp(-tl.exp(tl.load(w + at + key).to(tl.float32)))
+        if DELTA:
+            sa = tl.sum(S * tl.load(a + at + key).to(tl.float32)[None, :], 1)
+            S = S * decay[None, :] + sa[:, None] * tl.load(b + at + key).to(tl.float32)[None, :]
+            S += v_t[:, None] * k_t[None, :]
+            y_t = tl.sum(S * r_t[None, :], 1)
+        else:
+            y_t = tl.sum(S * r_t[None, :], 1) + v_t * tl.sum(r_t * u * k_t, 0)
+            S = S * decay[None, :] + v_t[:, None] * k_t[None, :]
+        tl.store(y + at + row, y_t.to(y.dtype.element_ty))
+        at += H * N
+    tl.store(last + head * N * N + cell, S)
+
+
+@_jit
+def _backward(r, w, k, v, a, b, saved, dy, dlast, dr, dw, dk, dv, da, db, dstate, scratch, T, H, N: tl.constexpr,
+              SAVE: tl.constexpr, DELTA: tl.constexpr):
+    head = tl.program_id(0).to(tl.int64)
+    key = tl.arange(0, N)
+    cell = key[:, None] * N + key[None, :]
+    G = tl.load(dlast + head * N * N + cell)
+    scratch += head * SAVE * N * N
+    stride = head * 0 + H * N  # in 64 bits, as head is
+    start = (head // H * T * H + head % H) * N
+    if not DELTA:
+        u = tl.load(a + head % H * N + key).to(tl.float32)
+        du = tl.zeros([N], tl.float32)
+    chunks = tl.cdiv(T, SAVE)
+    for i in range(chunks):
+        chunk = chunks - 1 - i
+        steps = tl.minimum(SAVE, T - chunk * SAVE)
+        S = tl.load(saved + (head * chunks + chunk) * N * N + cell)
+        for s in range(steps):
+            at = start + (chunk * SAVE + s) * stride
+            tl.store(scratch + s * N * N + cell, S)
+            decay = tl.exp(-tl.exp(tl.load(w + at + key).to(tl.float32)))
+            k_t = tl.load(k + at + key).to(tl.float32)
+            v_t = tl.load(v + at + key).to(tl.float32)
+            if DELTA:
+                sa = tl.sum(S * tl.load(a + at + key).to(tl.float32)[None, :], 1)
+                S = S * decay[None, :] + sa[:, None] * tl.load(b + at + key).to(tl.float32)[None, :]
+                S += v_t[:, None] * k_t[None, :]
+            else:
+                S = S * decay[None, :] + v_t[:, None] * k_t[None, :]
+        tl.debug_barrier()
+        for j in range(steps):
+            s = steps - 1 - j
+            at = start + (chunk * SAVE + s) * stride
+            S = tl.load(scratch + s * N * N + cell)  # before this step
+            rate = tl.exp(tl.minimum(tl.load(w + at + key).to(tl.float32), 4.7))  # above, the decay is 0
+            decay = tl.exp(-rate)
+            r_t = tl.load(r + at + key).to(tl.float32)
+            k_t = tl.load(k + at + key).to(tl.float32)
+            v_t = tl.load(v + at + key).to(tl.float32)
+            dy_t = tl.load(dy + at + key).to(tl.float32)
+            if DELTA:
+                a_t = tl.load(a + at + key).to(tl.float32)
+                b_t = tl.load(b + at + key).to(tl.float32)
+                sa = tl.sum(S * a_t[None, :], 1)
+                after = S * decay[None, :] + sa[:, None] * b_t[None, :] + v_t[:, None] * k_t[None, :]
+                G += dy_t[:, None] * r_t[None, :]
+                gb = tl.sum(G * b_t[None, :], 1)
+                dr_t = tl.sum(after * dy_t[:, None], 0)
+                dk_t = tl.sum(G * v_t[:, None], 0)
+                dv_t = tl.sum(G * k_t[None, :], 1)
+                tl.store(da + at + key, tl.sum(S * gb[:, None], 0).to(da.dtype.element_ty))
+                tl.store(db + at + key, tl.sum(G * sa[:, None], 0).to(db.dtype.element_ty))
+            else:
+                own = tl.sum(v_t * dy_t, 0)
+                dr_t = tl.sum(S * dy_t[:, None], 0) + u * k_t * own
+                dk_t = tl.sum(G * v_t[:, None], 0) + u * r_t * own
+                dv_t = tl.sum(G * k_t[None, :], 1) + dy_t * tl.sum(r_t * u * k_t, 0)
+                du += r_t * k_t * own
+            dw_t = -tl.sum(G * S, 0) * decay * rate
+            if DELTA:
+                G = G * decay[None, :] + gb[:, None] * a_t[None, :]
+            else:
+                G = G * decay[None, :] + dy_t[:, None] * r_t[None, :]
+            tl.store(dr + at + key, dr_t.to(dr.dtype.element_ty))
+            tl.store(dw + at + key, dw_t.to(dw.dtype.element_ty))
+            tl.store(dk + at + key, dk_t.to(dk.dtype.element_ty))
+            tl.store(dv + at + key, dv_t.to(dv.dtype.element_ty))
+        tl.debug_barrier()
+    tl.store(dstate + head * N * N + cell, G)
+    if not DELTA:
+        tl.store(da + head * N + key, du)
