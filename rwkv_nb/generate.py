@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,44 +14,73 @@ from .model import RWKV, State
 from .wkv import pick_op
 
 PREFILL = 512  # tokens of a prompt that are read at once
+DECAY = 0.996  # of a penalty, a token (as in ChatRWKV): what was written long ago may come again
 
 
 def generate(model: RWKV, tokenizer, prompts: Sequence[str], *, max_tokens: int, temperature: float = 0.0,
-             top_p: float = 1.0, stop: Sequence[str] = ("\n\n",), seed: int = 0, op: str = "auto",
-             batch: int = 64) -> list[str]:
+             top_p: float = 1.0, presence: float = 0.0, frequency: float = 0.0, stop: Sequence[str] = ("\n\n",),
+             seed: int = 0, op: str = "auto", batch: int = 64) -> list[str]:
     """What the model writes after each prompt, in the prompts' order.
 
     max_tokens: at most this many tokens each; token 0 or a stop text ends a row earlier (neither is returned)
     temperature: 0 takes the likeliest token; top_p: sample from the likeliest tokens that hold this share
+    presence, frequency: taken off the logit of a token that was written already, once, and for each time
     seed: row i draws from a generator of its own, seeded with seed + i, so `batch` changes nothing
     batch: rows worked on at once. Raises SettingsError for a sampling value out of range.
     """
-    _check(temperature, top_p)
+    how = Sampling(temperature, top_p, presence, frequency)
+    _check(how)
     rows = [_Row(prompt, tokenizer, seed + i, max_tokens, stop) for i, prompt in enumerate(prompts)]
     order = sorted(rows, key=lambda row: len(row.prompt)) if max_tokens > 0 else []
     for i in range(0, len(order), batch):
-        for _ in _run(model, order[i:i + batch], temperature, top_p, op):
+        for _ in _run(model, order[i:i + batch], how, op):
             pass
     return [row.text for row in rows]
 
 
-def stream(model: RWKV, tokenizer, prompt: str, *, max_tokens: int, temperature: float = 0.0, top_p: float = 1.0,
-           stop: Sequence[str] = ("\n\n",), seed: int = 0, op: str = "auto") -> Iterator[str]:
-    """The same for one prompt, yielded in pieces of whole characters as they come."""
-    _check(temperature, top_p)
+def stream(model: RWKV, tokenizer, prompt: str | list[int], *, max_tokens: int, temperature: float = 0.0,
+           top_p: float = 1.0, presence: float = 0.0, frequency: float = 0.0, stop: Sequence[str] = ("\n\n",),
+           seed: int = 0, op: str = "auto", state: State | None = None) -> Iterator[str]:
+    """The same for one prompt (text or ids), yielded in pieces of whole characters as they come.
+
+    state: what was read before the prompt (`read`); None starts a text.
+    """
+    how = Sampling(temperature, top_p, presence, frequency)
+    _check(how)
     row, shown = _Row(prompt, tokenizer, seed, max_tokens, stop), 0
-    for _ in _run(model, [row], temperature, top_p, op) if max_tokens > 0 else ():
+    for _ in _run(model, [row], how, op, state) if max_tokens > 0 else ():
         sure = len(row.text) - (0 if row.done else row.possible_stop())
         if sure > shown:
             yield row.text[shown:sure]
             shown = sure
 
 
+@torch.inference_mode()
+def read(model: RWKV, tokens: list[int] | Tensor, state: State | None = None, *, op: str = "auto"
+         ) -> tuple[Tensor | None, State | None]:
+    """Ids [T] or [B,T] read in pieces: the last piece's hidden states [B,t,C] (None for no ids) and the state behind
+    it. Memory does not grow with the text."""
+    tokens, hidden = torch.as_tensor(tokens, device=model.ln_out.weight.device), None
+    for piece in tokens.reshape(-1, tokens.shape[-1]).split(PREFILL, 1) if tokens.numel() else ():
+        hidden, state = model.hidden(piece, state, op=op)
+    return hidden, state
+
+
+class Sampling(NamedTuple):
+    """How a token is chosen; see generate."""
+
+    temperature: float
+    top_p: float
+    presence: float
+    frequency: float
+
+
 class _Row:
     """One prompt, what was written after it, and whether that is finished."""
 
-    def __init__(self, prompt: str, tokenizer, seed: int, max_tokens: int, stop: Sequence[str]):
-        self.prompt = tokenizer.encode(prompt) or [0]  # 0 closes a document, so it opens one as well
+    def __init__(self, prompt: str | list[int], tokenizer, seed: int, max_tokens: int, stop: Sequence[str]):
+        ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        self.prompt, self.written = ids or [0], {}  # 0 closes a document, so it opens one as well
         self.streamer, self.text = tokenizer.streamer(), ""
         self.left, self.stop, self.done = max_tokens, tuple(stop), False
         self.random = torch.Generator().manual_seed(seed)
@@ -60,6 +90,7 @@ class _Row:
         self.done = token == 0 or self.left <= 0
         before = len(self.text)
         if token:
+            self.written[token] = self.written.get(token, 0.0) + 1
             self.text += self.streamer.push(token)
         if self.done:
             self.text += self.streamer.finish()
@@ -73,7 +104,7 @@ class _Row:
 
 
 @torch.inference_mode()
-def _run(model: RWKV, rows: list[_Row], temperature: float, top_p: float, op: str) -> Iterator[None]:
+def _run(model: RWKV, rows: list[_Row], how: Sampling, op: str, state: State | None = None) -> Iterator[None]:
     """Write all rows to their ends, yielding after each token.
 
     The shortest prompt's length is read at once; then a row that is still in its prompt is fed that, another its own
@@ -81,15 +112,12 @@ def _run(model: RWKV, rows: list[_Row], temperature: float, top_p: float, op: st
     """
     device = model.emb.weight.device
     # One step of the chunked form is the definition with more work around it.
-    picked = pick_op(op, device, model.emb.weight.dtype, model.shape.generation)
-    step_op = "torch" if picked == "chunked" else op
+    step_op = "torch" if pick_op(op, device, model.emb.weight.dtype, model.shape.generation) == "chunked" else op
     with eval_mode(model):
-        fed, state = min(len(row.prompt) for row in rows), None
-        for start in range(0, fed, PREFILL):
-            part = [row.prompt[start:min(start + PREFILL, fed)] for row in rows]
-            hidden, state = model.hidden(torch.tensor(part, device=device), state, op=op)
+        fed = min(len(row.prompt) for row in rows)
+        hidden, state = read(model, [row.prompt[:fed] for row in rows], state, op=op)
         while True:
-            chosen = _choose(model.head(hidden[:, -1]).float(), rows, fed, temperature, top_p)
+            chosen = _choose(model.head(hidden[:, -1]).float(), rows, fed, how)
             for row, token in zip(rows, chosen, strict=True):
                 if fed >= len(row.prompt):
                     row.push(token)
@@ -104,26 +132,37 @@ def _run(model: RWKV, rows: list[_Row], temperature: float, top_p: float, op: st
             fed += 1
 
 
-def _choose(logits: Tensor, rows: list[_Row], fed: int, temperature: float, top_p: float) -> list[int]:
+def _choose(logits: Tensor, rows: list[_Row], fed: int, how: Sampling) -> list[int]:
     """logits [B,V] → each row's next token: from its prompt while that lasts, else the model's choice."""
-    best = logits.argmax(-1).tolist() if temperature == 0 else [None] * len(rows)
+    if how.presence or how.frequency:
+        for row, own in zip(rows, logits, strict=True):
+            for token in row.written:
+                row.written[token] *= DECAY
+            counts = torch.tensor(list(row.written.values()), device=own.device)
+            own[list(row.written)] -= how.presence * (counts > 0) + how.frequency * counts
+    best = logits.argmax(-1).tolist() if how.temperature == 0 else [None] * len(rows)
     return [row.prompt[fed] if fed < len(row.prompt) else
-            token if token is not None else _sample(logits[i].cpu(), row.random, temperature, top_p)
+            token if token is not None else _sample(logits[i].cpu(), row.random, how)
             for i, (row, token) in enumerate(zip(rows, best, strict=True))]
 
 
-def _sample(logits: Tensor, random: torch.Generator, temperature: float, top_p: float) -> int:
+def _sample(logits: Tensor, random: torch.Generator, how: Sampling) -> int:
     """logits [V] → a token drawn from the smallest set of likeliest tokens that holds top_p (the nucleus;
     Holtzman et al. 2020, arXiv 1904.09751)."""
-    p, tokens = torch.softmax(logits / temperature, -1).sort(descending=True)
-    p[1:][p.cumsum(0)[:-1] >= top_p] = 0
-    return int(tokens[torch.multinomial(p, 1, generator=random)])
+    p = torch.softmax(logits / how.temperature, -1)
+    if how.top_p == 1:
+        return int(torch.multinomial(p, 1, generator=random))
+    top, tokens = p.topk(min(256, len(p)))       # as a rule enough; sorting 65536 takes longer than a layer
+    if top.sum() < how.top_p:
+        top, tokens = p.sort(descending=True)
+    top[1:][top.cumsum(0)[:-1] >= how.top_p] = 0
+    return int(tokens[torch.multinomial(top, 1, generator=random)])
 
 
-def _check(temperature: float, top_p: float) -> None:
-    if temperature < 0 or not 0 < top_p <= 1:
-        raise SettingsError(f"temperature {temperature}, top_p {top_p} cannot be sampled with", where="generate",
-                            fix="temperature ≥ 0 (0 takes the likeliest token), 0 < top_p ≤ 1")
+def _check(how: Sampling) -> None:
+    if how.temperature < 0 or not 0 < how.top_p <= 1:
+        raise SettingsError(f"temperature {how.temperature}, top_p {how.top_p} cannot be sampled with",
+                            where="generate", fix="temperature ≥ 0 (0 takes the likeliest token), 0 < top_p ≤ 1")
 
 
 @contextlib.contextmanager
