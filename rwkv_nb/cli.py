@@ -182,7 +182,7 @@ def _train(arguments) -> int:
     from .train.launch import session_for
 
     run, settings = settings_from(flags_of(arguments))
-    session = session_for(run, settings, start=arguments.start).start()
+    session = session_for(run, settings, start=arguments.start, ask=False).start()
     before = signal.signal(signal.SIGTERM, lambda *_: session.stop())  # how a cluster says that time is up
     shown, said = 0.0, 0
     try:

@@ -40,6 +40,8 @@ def session_for(run: Run | str, settings: Settings | None = None, **options) -> 
     run = run if isinstance(run, Run) else Run(run)
     settings = settings or run.settings()
     many = settings.train.devices * settings.train.num_nodes > 1
+    if many:
+        options.pop("ask", None)  # of one process alone
     return (LaunchedSession if many else TrainSession)(run, settings, **options)
 
 

@@ -312,6 +312,10 @@ class Trainer:
             settings=dataclasses.asdict(self.settings), base=self.base, log_sizes=self.logs.sizes(),
             finished=self.step >= self.total_steps)
 
+    def release(self) -> None:
+        """Let go of all large tensors; only where the run stands can still be read."""
+        del self.model, self.optimizer, self.parameters
+
     def resume(self, saved: Checkpoint) -> None:
         """Go on from a checkpoint: adapter, optimizer, data position; logs are cut back to its step."""
         if saved.base != self.base:

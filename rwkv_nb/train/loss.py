@@ -13,15 +13,17 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ..model.parts import Linear
 from ..quant import QuantLinear
 
 MAX_LOGIT = 1e-4
+CHUNK = 128        # tokens whose logits are made at once
 HEAD_ROWS = 8192   # rows of an int8 head that are dense at once
 SLICE = 2**19  # logits that a CPU works on at once: 2 MB in fp32
 
 
 def head_loss(hidden: Tensor, head: nn.Module, targets: Tensor, mask: Tensor, n_trained: int,
-              *, chunk: int = 128) -> tuple[Tensor, Tensor]:
+              *, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
     """This micro-batch's share of the step's loss.
 
     hidden [B,T,C], head: C → V, targets int64 [B,T], mask bool [B,T] (which targets are trained),
@@ -75,7 +77,7 @@ class _HeadLoss(torch.autograd.Function):
 def _weight_slices(head: nn.Module) -> list[tuple[slice, Callable[[], Tensor]]] | None:
     """Which rows of the vocabulary, and what gives a frozen head's weight for them: all of a dense one at once, a few
     thousand rows of an int8 one at a time. None for any other head."""
-    if type(head) is nn.Linear and head.bias is None:
+    if type(head) in (nn.Linear, Linear) and head.bias is None:
         return [(slice(None), lambda: head.weight)]
     if type(head) is QuantLinear and head.held.kind == "int8":
         ranges = [slice(i, i + HEAD_ROWS) for i in range(0, head.out_features, HEAD_ROWS)]

@@ -24,12 +24,13 @@ from ..runs import Run, write_text
 from .checkpoint import Checkpoint, differences, load_checkpoint
 from .loop import Trainer
 from .ranks import Ranks
+from .shrink import Shrinking
 from .snapshot import DONE, Orders, Sample, Snapshot, Waiting
 
 __all__ = ["DONE", "Sample", "Snapshot", "TrainSession"]
 
 
-class TrainSession(Waiting):
+class TrainSession(Shrinking, Waiting):
     """Fine-tune in the background: session = TrainSession(run); session.start(); await session.wait().
 
     run:      the run's folder, or its path
@@ -40,11 +41,12 @@ class TrainSession(Waiting):
               previous-N/ inside the folder, never overwritten.
     planned:  changes of LiveSettings by the number of steps done before them
     ranks:    the processes of this run; the first one decides and writes, see train.launch
+    ask:      when memory runs out, pause until resume() takes the smaller setting that is offered; False takes it
     """
 
     def __init__(self, run: Run | str, settings: Settings | None = None, *, prompts: Sequence[str] = (),
                  start: str = "auto", max_tokens: int = 60, planned: Mapping[int, dict] | None = None,
-                 ranks: Ranks | None = None):
+                 ranks: Ranks | None = None, ask: bool = True):
         if start not in ("auto", "resume", "fresh"):
             raise SettingsError(f"start cannot be {start!r}", where="start", fix="use auto, resume or fresh")
         self.run = run if isinstance(run, Run) else Run(run)
@@ -52,7 +54,7 @@ class TrainSession(Waiting):
         config.check(self.settings)
         config.check_together(self.settings)
         self.prompts, self._start_from, self._max_tokens = tuple(prompts), start, max_tokens
-        self._planned, self.ranks = dict(planned or {}), ranks or Ranks()
+        self._planned, self.ranks, self._ask = dict(planned or {}), ranks or Ranks(), ask
         self.trainer: Trainer | None = None
         self._lock = threading.Lock()
         self._go = threading.Event()      # cleared while paused
@@ -229,7 +231,10 @@ class TrainSession(Waiting):
                 self._save_adapter(f"step-{trainer.step}")
                 self._checkpoint(live)
                 return "stopped"
-            row = trainer.train_step(live, lambda live=live: self._checkpoint_if_due(live))
+            row = self._step(live)
+            if row is None:
+                trainer = self._go_on_smaller(live)
+                continue
             with self._lock:              # snapshot() walks through them
                 self._seconds.append(time.monotonic() - began)
             if "event" in row or _due(live.log_every, trainer.step) or trainer.step == trainer.total_steps:

@@ -1,0 +1,249 @@
+"""Bytes before a run: the real model takes a step without numbers, and every tensor that would live is counted.
+
+A block more costs the same each time, so two and three blocks are computed and the rest follows. Axes: B batch, T time,
+C channels, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import functools
+import importlib.util
+import os
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+from . import config
+from .config import LoraSettings, Settings
+from .lora.layers import adapter_parameters, attach, set_dropout_step
+from .model import RWKV, Shape
+from .quant import Held, QuantLinear
+from .train.loop import DTYPES
+from .train.loss import CHUNK, HEAD_ROWS, SLICE
+from .wkv import pick_op
+
+CONTEXT = 500_000_000     # what CUDA, or Python with torch, takes for itself
+WKV_SAVED = 16            # steps between two fp32 states that the GPU kernels keep for backward
+ADAM_BYTES = {"fp32": 8.0, "bf16": 4.0, "8bit": 2 + 8 / 256}
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages that operations inside the block bring to life: `.now` and `.peak`."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_flatten(out)[0]:
+            if isinstance(tensor, torch.Tensor):
+                self.count(tensor)
+        return out
+
+    def count(self, tensor: torch.Tensor) -> None:
+        """Take a tensor's storage in; it leaves when nothing refers to it any more."""
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._seen or not size:
+            return
+
+        def gone(_):
+            del self._seen[key]
+            self.now -= size
+
+        self._seen[key] = weakref.ref(storage, gone)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes by part: the most that each ever takes, and what it takes at the moment when all together take most."""
+
+    largest: dict[str, int]
+    at_peak: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """Bytes at the peak, the context included."""
+        return sum(self.at_peak.values())
+
+    @property
+    def allocated(self) -> int:
+        """Bytes at the peak without the context: what torch's allocator shows."""
+        return self.total - self.at_peak["context"]
+
+
+def estimate(shape: Shape, settings: Settings, *, gpu: bool = True) -> Estimate:
+    """The memory of a run on a base of this shape, on a GPU or (gpu=False) on a CPU. Takes about half a second, and no
+    time when asked again. Raises SettingsError as a run would for targets that fit nothing and a quant that is not
+    installed."""
+    t = settings.train
+    keys = ("precision", "grad_cp", "quant", "quant_double", "quant_head", "emb_cpu", "adam_state", "micro_bsz", "op")
+    T = min(settings.data.ctx_len, t.chunk_ctx or settings.data.ctx_len)
+    return _estimate(shape, settings.lora, T, gpu, t.live.accumulate_grad_batches > 1, t.live.lora_dropout > 0,
+                     tuple((key, getattr(t, key)) for key in keys))
+
+
+@functools.lru_cache(4096)
+def _estimate(shape: Shape, lora: LoraSettings, T: int, gpu: bool, accumulates: bool, drops: bool, asked: tuple
+              ) -> Estimate:
+    t = dict(asked)
+    two, three = (_step(dataclasses.replace(shape, n_layer=n), lora, T, gpu, accumulates, drops, asked)
+                  for n in (2, 3))
+    L, each = shape.n_layer, {key: three[key] - two[key] for key in two}
+    whole = {key: two[key] + (L - 2) * each[key] for key in two}
+    weights, trained = whole["weights"], whole["lora"]
+    largest = {"weights": weights, "LoRA": trained, "gradients": trained,
+               "optimizer": round(trained / 4 * ADAM_BYTES[t["adam_state"]]), "checkpoints": whole["forward"],
+               "block peak": whole["backward"] - max(whole["forward"], trained * (not accumulates)),
+               "loss": _loss_bytes(shape, T, t, gpu), "context": CONTEXT}
+    # Backward frees checkpoints and brings gradients, block by block: whichever is more a block says where the peak is.
+    at_top = accumulates or each["forward"] > each["lora"]
+    moment = {"gradients": trained if accumulates else 0, "checkpoints": whole["forward"], "block peak": 0,
+              "loss": largest["loss"]}
+    other = {"gradients": trained if accumulates or not at_top else 0,
+             "checkpoints": whole["forward"] if at_top else 0, "loss": 0}
+    other["block peak"] = whole["backward"] + trained * accumulates - sum(other.values())
+    moment = max(moment, other, key=lambda parts: sum(parts.values()))
+    return Estimate(largest, {key: moment.get(key, value) for key, value in largest.items()})
+
+
+def _step(shape: Shape, lora: LoraSettings, T: int, gpu: bool, accumulates: bool, drops: bool, asked: tuple) -> dict:
+    """Forward and backward of a small model without numbers. Bytes: weights, lora; forward: activations that are kept
+    for backward; backward: the most of activations and new gradients together."""
+    t = dict(asked)
+    dtype, B, C = DTYPES[t["precision"]], t["micro_bsz"], shape.n_embd
+    op = pick_op(t["op"] if t["op"] in ("torch", "chunked") else "auto", "cpu", dtype, shape.generation)
+    with FakeTensorMode(), LiveBytes() as live:
+        model = RWKV(dataclasses.replace(shape, vocab_size=1), dtype=dtype)
+        for name, module in list(model.blocks.named_modules()):
+            if t["quant"] != "none" and isinstance(module, nn.Linear):
+                model.blocks.set_submodule(name, QuantLinear(_Sizes(module, t["quant"], bool(t["quant_double"]))))
+                del module
+        weights = live.now - 2 * C * dtype.itemsize  # emb and head are counted on their own
+        attach(model, lora, seed=0)
+        set_dropout_step(model.train(), 0, 0, 0, 0.01 * drops)
+        parameters = list(adapter_parameters(model))
+        trained = sum(p.nbytes for p in parameters)
+        for p in parameters if accumulates else ():
+            p.grad = torch.zeros_like(p)
+        before = live.now
+        tokens = torch.zeros(B, T, dtype=torch.long)
+        hidden, _ = model.hidden(tokens, op=op, grad_cp=t["grad_cp"], keep_state=False)
+        forward, live.peak = live.now - before, live.now
+        hidden.backward(torch.empty_like(hidden))
+        backward = live.peak - before
+    if gpu and op == "cpu":  # the GPU's kernels keep states too, for as long as a block keeps anything
+        states = -(-T // WKV_SAVED) * B * C * shape.head_size * 4
+        forward += states * shape.n_layer * (t["grad_cp"] != "block")
+        backward += states * (1 if t["grad_cp"] == "block" else shape.n_layer)
+    V = shape.vocab_size
+    weights += V * C * dtype.itemsize * (not (gpu and t["emb_cpu"]))
+    weights += V * (C + dtype.itemsize) if t["quant_head"] else V * C * dtype.itemsize
+    return {"weights": weights, "lora": trained, "forward": forward, "backward": backward}
+
+
+class _Sizes(Held):
+    """A held matrix without numbers."""
+
+    def __init__(self, like: nn.Linear, kind: str, double: bool):
+        W, self.kind = like.weight, kind
+        self.shape, self.dtype, self.device = W.shape, W.dtype, W.device
+        n, rows = like.weight.numel(), like.out_features
+        scales = rows * self.dtype.itemsize if kind == "int8" else n // 64 + n // 4096 if double else n // 16
+        self.codes = torch.empty((n if kind == "int8" else n // 2) + scales, dtype=torch.uint8)
+
+    def dense(self, rows: slice = slice(None)) -> torch.Tensor:
+        scales = torch.empty(self.codes.numel() // 8 if self.kind == "nf4" else 0, dtype=torch.uint8)  # in fp32
+        dense = torch.empty(self.shape, dtype=self.dtype)
+        del scales
+        return dense
+
+
+def _loss_bytes(shape: Shape, T: int, t: dict, gpu: bool) -> int:
+    """What train.loss needs beside the hidden states: their copy and gradient, logits of some rows, fp32 copies."""
+    V, C, itemsize = shape.vocab_size, shape.n_embd, DTYPES[t["precision"]].itemsize
+    tokens = t["micro_bsz"] * T
+    rows = min(CHUNK, tokens)
+    fp32 = (rows if gpu else min(max(SLICE // V, 1), rows)) * V * (4 if itemsize == 4 else 8)
+    head = min(HEAD_ROWS, V) * C * itemsize if t["quant_head"] else 0
+    return 2 * tokens * C * itemsize + rows * V * itemsize + max(fp32, head)
+
+
+# -- what to do about it ----------------------------------------------------------------------------------------------
+
+def card(accelerator: str = "auto") -> tuple[str, int, bool]:
+    """Name and bytes of what a run would train on, and whether it is a GPU. On a CPU: the machine's memory."""
+    if accelerator != "cpu" and torch.cuda.is_available():
+        found = torch.cuda.get_device_properties(0)
+        return found.name, found.total_memory, True
+    return "this machine's memory", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), False
+
+
+def smaller(settings: Settings, *, gpu: bool) -> Iterator[dict]:
+    """Changes of settings that need less memory, each alone, what costs least first. Halving micro_bsz while doubling
+    accumulate_grad_batches leaves every step as it was."""
+    t = settings.train
+    packed = importlib.util.find_spec("bitsandbytes") is not None
+    if gpu and not t.emb_cpu:
+        yield {"emb_cpu": 1}
+    yield from ({"grad_cp": way} for way in ("selective", "block")[("none", "selective", "block").index(t.grad_cp):])
+    B, accumulate = t.micro_bsz, t.live.accumulate_grad_batches
+    for smaller_B in [b for b in range(B - 1, 0, -1) if B % b == 0]:
+        yield {"micro_bsz": smaller_B, "accumulate_grad_batches": accumulate * B // smaller_B}
+    if packed and t.adam_state != "8bit":
+        yield {"adam_state": "8bit"}
+    if packed and not t.quant_head:
+        yield {"quant_head": 1}
+    if packed and t.quant != "nf4":
+        yield from ({"quant": kind} for kind in ("int8", "nf4")[t.quant == "int8":])
+    chunk = t.chunk_ctx or settings.data.ctx_len
+    if chunk > 256:
+        yield {"chunk_ctx": chunk // 2}
+
+
+def cheapest_change(shape: Shape, settings: Settings, limit: int, *, gpu: bool) -> dict | None:
+    """The first of `smaller` with which the run fits into `limit` bytes, else all of them up to where it does, else
+    None. {} where it fits already."""
+    def fits(change: dict) -> bool:
+        return estimate(shape, config.replace(settings, **change), gpu=gpu).total <= limit
+
+    if fits({}):
+        return {}
+    changes, together = list(smaller(settings, gpu=gpu)), {}
+    for change in changes:
+        if fits(change):
+            return change
+    for change in changes:
+        together |= change
+        if fits(together):
+            return together
+    return None
+
+
+def next_smaller(shape: Shape, settings: Settings, *, gpu: bool) -> dict | None:
+    """What to try after a run was out of memory: the first of `smaller` that saves 3 % or more and lets the optimizer
+    keep its state."""
+    now = estimate(shape, settings, gpu=gpu).allocated
+    fitting = (c for c in smaller(settings, gpu=gpu) if "adam_state" not in c
+               and estimate(shape, config.replace(settings, **c), gpu=gpu).allocated <= 0.97 * now)
+    return next(fitting, None)
+
+
+def largest_micro_bsz(shape: Shape, settings: Settings, limit: int, *, gpu: bool) -> int:
+    """The largest micro_bsz up to 1024 with which the run fits into `limit` bytes; 0 where not even 1 does."""
+    def fits(B: int) -> bool:
+        return estimate(shape, config.replace(settings, micro_bsz=B), gpu=gpu).total <= limit
+
+    return bisect.bisect_left(range(1, 1025), True, key=lambda B: not fits(B))

@@ -1,0 +1,150 @@
+"""Memory told before a run: a bar that follows the form of 03, and the tutorial's table with ours beside it."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping
+
+import ipywidgets as W
+from matplotlib.figure import Figure
+
+from .. import config, memory
+from ..config import PRESETS, Settings
+from ..errors import RwkvNbError
+from ..model import Shape, load_weights, read_shape
+from ..runs import Run
+from .panel_form import SettingsForm
+from .panel_html import error_html
+from .plots import COLOURS, INK
+
+# GB on an RTX 4090 as RWKV's LoRA tutorial publishes them: bf16, int8, nf4; r 64, ctx_len 1024, micro_bsz 1.
+TUTORIAL = {"0.1B": (2.7, 2.5, 2.4), "0.4B": (3.4, 2.9, 2.7), "1.5B": (5.6, 4.6, 3.9), "2.9B": (8.8, 6.7, 5.7),
+            "v6 1.6B": (7.3, 5.9, 5.4), "v6 3B": (11.8, 9.4, 8.1), "v6 7B": (23.7, 17.3, 14.9)}
+TUTORIAL_SETTINGS = config.replace(Settings(), precision="bf16", ctx_len=1024, r=64, lora_alpha=32.0, lora_dropout=0.05)
+QUANTS = ("none", "int8", "nf4")
+_PART_COLOURS = {"weights": COLOURS[0], "LoRA": COLOURS[1], "gradients": COLOURS[4], "optimizer": COLOURS[3],
+                 "checkpoints": COLOURS[2], "block peak": COLOURS[5], "loss": "#999999", "context": "#cccccc"}
+
+
+def predict(shape: Shape, preset: str, quant: str) -> memory.Estimate:
+    """A LoRA step on a GPU under the tutorial's settings and a preset."""
+    return memory.estimate(shape, config.replace(TUTORIAL_SETTINGS, **PRESETS[preset], quant=quant))
+
+
+def table_html(sizes: Mapping[str, Shape], presets: tuple[str, ...] = ("balanced", "small")) -> str:
+    """GB of every size, bf16 · int8 · nf4: the tutorial's, and what is predicted here for each preset."""
+    head = ["", "tutorial: bf16", "int8", "nf4", *(f"{p}: {q}" if q == "bf16" else q for p in presets
+                                                   for q in ("bf16", "int8", "nf4"))]
+    rows = []
+    for name, shape in sizes.items():
+        told = [f"{x:.1f}" for x in TUTORIAL.get(name, ())] or ["–"] * 3
+        rows.append([name, *told, *(f"<b>{predict(shape, p, q).total / 1e9:.2f}</b>" for p in presets for q in QUANTS)])
+    cells = ["".join(f"<td style='text-align:right;padding:1px 9px;border:0'>{text}</td>" for text in row)
+             for row in (head, *rows)]
+    return ("<div style='overflow-x:auto'><table style='border-collapse:collapse;font-size:12px'>"
+            + "".join(f"<tr style='background:none'>{row}</tr>" for row in cells) + "</table></div>")
+
+
+def memory_figure(sizes: Mapping[str, Shape], preset: str, quant: str) -> Figure:
+    """A bar a size, its parts at the moment of the peak; a tick where the tutorial stands."""
+    height = 1.0 + 0.3 * len(sizes)
+    figure = Figure(figsize=(8.6, height), facecolor="white")
+    axes = figure.add_axes((0.1, 0.5 / height, 0.84, 1 - 1.0 / height))
+    names = list(sizes)[::-1]
+    left = [0.0] * len(names)
+    told = [predict(sizes[name], preset, quant).at_peak for name in names]
+    for part, colour in _PART_COLOURS.items():
+        widths = [parts[part] / 1e9 for parts in told]
+        axes.barh(range(len(names)), widths, left=left, color=colour, label=part, height=0.7)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    marks = [(TUTORIAL[name][QUANTS.index(quant)], i) for i, name in enumerate(names) if name in TUTORIAL]
+    if marks:
+        axes.plot(*zip(*marks, strict=True), "|", ms=15, mew=2.5, color=INK, label="tutorial")
+    axes.set_yticks(range(len(names)), names, fontsize=9, color=INK)
+    axes.set_xlabel(f"GB, preset {preset}, quant {quant}", color=INK, fontsize=9)
+    axes.tick_params(labelsize=9, colors=INK, length=0)
+    axes.spines[:].set_visible(False)
+    figure.legend(loc="upper center", ncols=9, frameon=False, fontsize=8, handlelength=1, columnspacing=1)
+    return figure
+
+
+def bar_html(told: memory.Estimate, name: str, limit: int) -> str:
+    """The parts as one bar against a card's memory, and their bytes below it."""
+    scale = 100 / max(limit, told.total)
+    pieces = "".join(
+        f"<span title='{part} {size / 1e9:.2f} GB' style='display:inline-block;height:18px;width:{size * scale:.2f}%;"
+        f"background:{_PART_COLOURS[part]}'></span>" for part, size in told.at_peak.items())
+    words = " · ".join(f"<span style='border-left:9px solid {_PART_COLOURS[part]};padding-left:4px'>{part} "
+                       f"{told.largest[part] / 1e9:.2f}</span>" for part in told.largest)
+    colour = COLOURS[1] if told.total > limit else COLOURS[2]
+    return (f"<div style='font-size:13px'><b style='color:{colour}'>{told.total / 1e9:.2f} GB</b> of "
+            f"{limit / 1e9:.1f} GB, {html.escape(name)}</div><div style='width:100%;white-space:nowrap;font-size:0;"
+            f"background:#eee'>{pieces}</div><div style='font-size:12px;line-height:1.6'>{words} (GB, each at its "
+            "most; the bar is the moment when all together take most)</div>")
+
+
+class MemoryBar(W.VBox):
+    """What the run in a form would need, against the card that is there; follows the form as it changes.
+
+    Says what to change where it does not fit, with a button for that, for a preset and for the largest micro_bsz.
+    limit: bytes to fit into, by default those of the GPU, or of the machine where it has none.
+    """
+
+    def __init__(self, form: SettingsForm, run: Run, limit: int | None = None):
+        self._form, self._run, self._limit, self._offer, self._setting = form, run, limit, {}, False
+        self._bar, self._advice = W.HTML(layout=W.Layout(width="100%")), W.HTML()
+        self.apply = W.Button(description="change that", layout=W.Layout(display="none"))
+        self.largest = W.Button(description="largest micro_bsz that fits", layout=W.Layout(width="auto"))
+        self.preset = W.ToggleButtons(options=("as set", *PRESETS), style={"button_width": "auto"})
+        self.apply.on_click(lambda _: self._set(self._offer))
+        self.largest.on_click(lambda _: self._fill())
+        self.preset.observe(self._choose, "value")
+        super().__init__([self._bar, W.HBox([self._advice, self.apply]), W.HBox([self.preset, self.largest])])
+        for name in form.inputs:
+            form.inputs[name].observe(self._changed, "value")
+        self._changed()
+
+    def __repr__(self) -> str:
+        return f"MemoryBar({self._run.name})"
+
+    def _read(self) -> tuple[Shape, Settings, str, int, bool]:
+        settings = self._run.settings()
+        name, size, gpu = memory.card(settings.train.accelerator)
+        return read_shape(load_weights(settings.train.load_model)), settings, name, self._limit or size, gpu
+
+    def _changed(self, _=None) -> None:
+        if self._setting:   # several at once: shown when the last is set
+            return
+        self._offer, self.apply.layout.display, self._advice.value = {}, "none", ""
+        try:
+            shape, settings, name, limit, gpu = self._read()
+            told = memory.estimate(shape, settings, gpu=gpu)
+            self._bar.value = bar_html(told, name, limit)
+            if told.total > limit:
+                self._warn(memory.cheapest_change(shape, settings, limit, gpu=gpu))
+        except RwkvNbError as error:
+            self._bar.value = error_html(error)
+
+    def _warn(self, change: dict | None) -> None:
+        words = "nothing here makes it fit: take a smaller base, r or ctx_len"
+        if change:
+            words = "it fits with " + ", ".join(f"<code>{k} {v}</code>" for k, v in change.items())
+            self._offer, self.apply.layout.display = change, ""
+        self._advice.value = f"<b style='color:{COLOURS[1]}'>This run does not fit.</b> {words}&nbsp;"
+
+    def _choose(self, change) -> None:
+        if change.new in PRESETS:
+            self._set(PRESETS[change.new])
+
+    def _fill(self) -> None:
+        shape, settings, _, limit, gpu = self._read()
+        self._set({"micro_bsz": max(memory.largest_micro_bsz(shape, settings, limit, gpu=gpu), 1)})
+
+    def _set(self, changes: dict) -> None:
+        self._setting = True
+        try:
+            for name, value in changes.items():
+                self._form.inputs[name].value = value
+        finally:
+            self._setting = False
+        self._changed()

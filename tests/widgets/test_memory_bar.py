@@ -1,0 +1,70 @@
+"""The bar follows the form, says what would fit, and its buttons write the run's settings."""
+
+import pytest
+
+from rwkv_nb.config import PRESETS, Settings, replace, values
+from rwkv_nb.memory import estimate
+from rwkv_nb.model import PUBLISHED, read_shape
+from rwkv_nb.model.checkpoint import load_weights
+from rwkv_nb.runs import Run
+from rwkv_nb.widgets.memory import MemoryBar, memory_figure, table_html
+from rwkv_nb.widgets.panel_form import SettingsForm
+from rwkv_nb.widgets.plots import png
+
+
+@pytest.fixture
+def run(tmp_path, base):
+    run = Run(tmp_path)
+    run.save_settings(replace(Settings(), load_model=str(base), accelerator="cpu", ctx_len=64, micro_bsz=4))
+    return run
+
+
+def told(run):
+    settings = run.settings()
+    return estimate(read_shape(load_weights(settings.train.load_model)), settings, gpu=False).total
+
+
+def test_it_follows_the_form(run):
+    form = SettingsForm(run)
+    bar = MemoryBar(form, run, limit=10**9)
+    before = bar._bar.value
+    assert f"{told(run) / 1e9:.2f} GB" in before and "of 1.0 GB" in before and "not fit" not in bar._advice.value
+    form.inputs["ctx_len"].value = 4096
+    assert bar._bar.value != before and f"{told(run) / 1e9:.2f} GB" in bar._bar.value
+
+
+def test_what_does_not_fit_is_said_with_the_cheapest_change(run):
+    form, limit = SettingsForm(run), told(run) + 1_200_000
+    bar = MemoryBar(form, run, limit=limit)
+    form.inputs["micro_bsz"].value = 8
+    assert "does not fit" in bar._advice.value
+    assert "<code>micro_bsz 4</code>, <code>accumulate_grad_batches 2</code>" in bar._advice.value
+    bar.apply.click()
+    assert told(run) <= limit and bar._advice.value == ""
+    assert (run.settings().train.micro_bsz, form.inputs["accumulate_grad_batches"].value) == (4, 2)
+    MemoryBar(form, run, limit=10**6)
+    assert "smaller base" in MemoryBar(form, run, limit=10**6)._advice.value
+
+
+def test_the_largest_micro_bsz_and_the_presets_are_set(run):
+    form, limit = SettingsForm(run), told(run) + 20_000_000
+    bar = MemoryBar(form, run, limit=limit)
+    bar.largest.click()
+    found = run.settings().train.micro_bsz
+    assert found == form.inputs["micro_bsz"].value > 4 and told(run) <= limit
+    form.inputs["micro_bsz"].value = found + 1
+    assert told(run) > limit
+    bar.preset.value = "small"
+    assert PRESETS["small"].items() <= values(run.settings()).items()
+
+
+def test_a_base_that_cannot_be_read_is_said(run):
+    run.save_settings(replace(run.settings(), load_model="/nowhere.pth"))
+    assert "no such file" in MemoryBar(SettingsForm(run), run)._bar.value
+
+
+def test_the_table_and_the_figure(run):
+    sizes = {"a base": PUBLISHED["0.1B"], "0.1B": PUBLISHED["0.1B"]}
+    text = table_html(sizes, presets=("small",))
+    assert text.count("<tr") == 3 and ">2.7<" in text and "–" in text
+    assert png(memory_figure(sizes, "small", "nf4")).startswith(b"\x89PNG")
