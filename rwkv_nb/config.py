@@ -46,10 +46,10 @@ class DataSettings:
                             "pad: cut at ctx_len; only: one document a micro-batch; get: random slices (pre-training)",
                             "split 切分长文档;pack 紧密拼接不填充;pad 截断并填充;only 每批一篇;get 随机切片",
                             choices=("split", "pack", "pad", "only", "get"))
-    loss_mask: str = _option("template", "what is trained: as the template says; pad: everything; qa: on from "
-                             "Assistant:, off from User:; se: the same with mask_id",
-                             "训练哪些文字:template 按模板;pad 全部;qa 从 Assistant: 到 User:;se 用 mask_id 自定义",
-                             choices=("template", "pad", "qa", "se"))
+    loss_mask: str = _option("template", "what is trained: as the template says; pad or none: everything; "
+                             "qa: on from Assistant:, off from User:; se: the same with mask_id",
+                             "训练范围:template 按模板;pad、none 全部;qa 从 Assistant: 到 User:;se 用 mask_id",
+                             choices=("template", "pad", "none", "qa", "se"))
     mask_id: tuple[str, ...] = _option((), "for se: the text from which training is off, and the one from which it is "
                                        "on", "用于 se:训练关闭与开启的标记文字")
     sft_field: tuple[str, ...] = _option(("query", "response"), "for sft: the fields to read, the answer last",

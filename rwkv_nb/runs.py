@@ -56,6 +56,15 @@ def write_with(target: Path, write: Callable[[Path], None]) -> None:
         write(path)
 
 
+def path_settings(settings: config.Settings) -> dict[str, str]:
+    """The settings that name a file which is given, by name; a data set by its name is none."""
+    values = config.values(settings)
+    paths = {name: values[name] for name in ("load_model", "data_file", "mix_file", "eval_file") if values[name]}
+    if values["data_type"] == "sft" and not os.path.exists(values["data_file"]):
+        paths.pop("data_file", None)
+    return paths
+
+
 class Run:
     """The folder `runs/<name>/` and the names of what is in it."""
 
@@ -124,8 +133,7 @@ class Run:
     def save_settings(self, settings: config.Settings) -> None:
         """Check and write settings.json whole; paths become absolute, so that any notebook finds them."""
         config.check(settings)
-        paths = {name: os.path.abspath(value) for name, value in
-                 (("data_file", settings.data.data_file), ("load_model", settings.train.load_model)) if value}
+        paths = {name: os.path.abspath(value) for name, value in path_settings(settings).items()}
         settings = config.replace(settings, **paths)
         write_text(self.settings_file, config.to_json(settings) + "\n")
 

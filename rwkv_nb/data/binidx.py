@@ -147,5 +147,6 @@ def binidx_to_jsonl(prefix: str | Path, path: str | Path, tokenizer) -> int:
 def check_ids(tokens: np.ndarray, tokenizer, where: str) -> None:
     """Raise DataError for ids that this vocabulary does not have."""
     if len(tokens) and not 0 <= tokens.min() <= tokens.max() < tokenizer.vocab_size:
-        raise DataError(f"it has id {tokens.max()}; the {tokenizer.name} vocabulary ends at {tokenizer.vocab_size - 1}",
+        bad = tokens.min() if tokens.min() < 0 else tokens.max()
+        raise DataError(f"it has id {bad}; the {tokenizer.name} vocabulary ends at {tokenizer.vocab_size - 1}",
                         where=where, fix="use the tokenizer that it was made with, or make it again from its jsonl")

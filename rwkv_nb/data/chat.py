@@ -71,7 +71,7 @@ def mask_template(data: DataSettings) -> Template:
     """What decides the loss mask: the template itself, or data.loss_mask where that says pad, qa or se."""
     if data.loss_mask == "template":
         return get_template(data.template)
-    if data.loss_mask == "pad":
+    if data.loss_mask in ("pad", "none"):
         return get_template("plain")
     off_on = ("User:", "Assistant:") if data.loss_mask == "qa" else data.mask_id
     if len(off_on) != 2 or not all(off_on) or off_on[0] == off_on[1]:

@@ -115,9 +115,6 @@ class Trainer:
         if t.eval_file:
             apart = dataclasses.replace(settings.data, data_file=t.eval_file, heldout=0.0, repeat=1.0, mix_file="")
             self.heldout = open_documents(apart, self.tokenizer)
-        if t.chunk_ctx and settings.data.dataload == "pack":
-            raise SettingsError("packed rows cannot be read in chunks", where="dataload",
-                                fix="use dataload split, or chunk_ctx 0")
         self.batches = Batches(
             self.documents, ctx_len=settings.data.ctx_len, micro_bsz=t.micro_bsz,
             accumulate=t.live.accumulate_grad_batches, seed=t.random_seed, epoch_steps=t.epoch_steps,

@@ -11,7 +11,7 @@ import ipywidgets as widgets
 from .. import config
 from ..config import Settings
 from ..errors import SettingsError
-from ..runs import Run
+from ..runs import Run, path_settings
 from .panel_html import error_html
 
 FIELDS = ("r", "lora_alpha", "ctx_len", "micro_bsz", "epoch_count", "epoch_steps", "lr_init", "lr_final",
@@ -78,7 +78,7 @@ def shell_command(settings: Settings, run: Run, relative_to: str | None = None) 
         return os.path.relpath(value, relative_to) if relative_to else os.path.abspath(value)
 
     values, defaults = config.values(settings), config.values(Settings())
-    values |= {name: path(values[name]) for name in ("load_model", "data_file") if values[name]}
+    values |= {name: path(value) for name, value in path_settings(settings).items()}
     values["proj_dir"] = path(run.folder)
     names = ["load_model", "proj_dir", "data_file"]
     names += [name for name in values if name not in names]
