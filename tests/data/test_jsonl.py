@@ -15,7 +15,7 @@ from rwkv_nb.tokenizer import ByteTokenizer
 
 
 def check_jsonl(path):
-    return check_data(DataSettings(data_file=str(path)), ByteTokenizer()).problems
+    return check_data(DataSettings(data_file=str(path), template="plain"), ByteTokenizer()).problems
 
 
 GOOD = '{"text": "猫"}'
