@@ -99,11 +99,14 @@ def estimate(shape: Shape, settings: Settings, *, gpu: bool = True) -> Estimate:
 def _estimate(shape: Shape, lora: LoraSettings, T: int, gpu: bool, accumulates: bool, drops: bool, asked: tuple
               ) -> Estimate:
     t = dict(asked)
-    two, three = (_step(dataclasses.replace(shape, n_layer=n), lora, T, gpu, accumulates, drops, asked)
+    blocks = tuple((key, t[key]) for key in ("precision", "grad_cp", "quant", "quant_double", "micro_bsz", "op"))
+    two, three = (_step(dataclasses.replace(shape, n_layer=n, vocab_size=1), lora, T, gpu, accumulates, drops, blocks)
                   for n in (2, 3))
     L, each = shape.n_layer, {key: three[key] - two[key] for key in two}
     whole = {key: two[key] + (L - 2) * each[key] for key in two}
-    weights, trained = whole["weights"], whole["lora"]
+    V, C, itemsize, trained = shape.vocab_size, shape.n_embd, DTYPES[t["precision"]].itemsize, whole["lora"]
+    weights = whole["weights"] + V * C * itemsize * (not (gpu and t["emb_cpu"]))
+    weights += V * (C + itemsize) if t["quant_head"] else V * C * itemsize
     largest = {"weights": weights, "LoRA": trained, "gradients": trained,
                "optimizer": round(trained / 4 * ADAM_BYTES[t["adam_state"]]), "checkpoints": whole["forward"],
                "block peak": whole["backward"] - max(whole["forward"], trained * (not accumulates)),
@@ -119,14 +122,15 @@ def _estimate(shape: Shape, lora: LoraSettings, T: int, gpu: bool, accumulates: 
     return Estimate(largest, {key: moment.get(key, value) for key, value in largest.items()})
 
 
+@functools.lru_cache(4096)
 def _step(shape: Shape, lora: LoraSettings, T: int, gpu: bool, accumulates: bool, drops: bool, asked: tuple) -> dict:
-    """Forward and backward of a small model without numbers. Bytes: weights, lora; forward: activations that are kept
-    for backward; backward: the most of activations and new gradients together."""
+    """Forward and backward of a small model without numbers. Bytes: weights (of emb and head none), lora; forward:
+    activations that are kept for backward; backward: the most of activations and new gradients together."""
     t = dict(asked)
     dtype, B, C = DTYPES[t["precision"]], t["micro_bsz"], shape.n_embd
     op = pick_op(t["op"] if t["op"] in ("torch", "chunked") else "auto", "cpu", dtype, shape.generation)
     with FakeTensorMode(), LiveBytes() as live:
-        model = RWKV(dataclasses.replace(shape, vocab_size=1), dtype=dtype)
+        model = RWKV(shape, dtype=dtype)
         for name, module in list(model.blocks.named_modules()):
             if t["quant"] != "none" and isinstance(module, nn.Linear):
                 model.blocks.set_submodule(name, QuantLinear(_Sizes(module, t["quant"], bool(t["quant_double"]))))
@@ -148,9 +152,6 @@ def _step(shape: Shape, lora: LoraSettings, T: int, gpu: bool, accumulates: bool
         states = -(-T // WKV_SAVED) * B * C * shape.head_size * 4
         forward += states * shape.n_layer * (t["grad_cp"] != "block")
         backward += states * (1 if t["grad_cp"] == "block" else shape.n_layer)
-    V = shape.vocab_size
-    weights += V * C * dtype.itemsize * (not (gpu and t["emb_cpu"]))
-    weights += V * (C + dtype.itemsize) if t["quant_head"] else V * C * dtype.itemsize
     return {"weights": weights, "lora": trained, "forward": forward, "backward": backward}
 
 
