@@ -54,6 +54,7 @@ def test_the_appendix_imports_and_trains(tmp_path, script, capsys):
                                data_type="jsonl",
                                lr_init=1e-5, lr_final=1e-5, precision="bf16", strategy="deepspeed_stage_1")
     assert main(["train", *read_script(script)]) == 0
+    assert "strategy deepspeed_stage_1 is not needed" in capsys.readouterr().err
     assert len([row for row in Run(tmp_path / "a run").metrics() if "loss" in row]) == 8
 
 

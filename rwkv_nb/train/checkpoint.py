@@ -16,6 +16,9 @@ from ..errors import RunError
 from ..runs import Run, write_with
 
 FORMAT = 2
+# What may change between a checkpoint and its resumption: where it runs, what is watched, what is written.
+FREE = {"live", "proj_dir", "checkpoint_seconds", "devices", "num_nodes", "node_rank", "master_addr", "strategy",
+        "eval_file", "early_stop", "spike_factor", "on_spike", "wandb", "merge", "epoch_save"}
 
 
 @dataclass(frozen=True)
@@ -62,13 +65,12 @@ def load_checkpoint(run: Run) -> Checkpoint | None:
 
 
 def differences(checkpoint: Checkpoint, settings: Settings) -> list[str]:
-    """Settings in which a checkpoint's run differs from what is asked for now, other than live ones, in words."""
-    ignored = {"live", "proj_dir", "checkpoint_seconds", "devices", "num_nodes", "node_rank", "master_addr", "strategy"}
+    """Settings in which a checkpoint's run differs from what is asked for now, other than FREE ones, in words."""
     found = []
     for part, then in checkpoint.settings.items():
         now = dataclasses.asdict(getattr(settings, part))
         found += [f"{name}: {then.get(name)!r} → {value!r}" for name, value in now.items()
-                  if name not in ignored and _plain(then.get(name)) != _plain(value)]
+                  if name not in FREE and _plain(then.get(name)) != _plain(value)]
     return found
 
 

@@ -151,9 +151,13 @@ class Trainer:
 
     def notices(self) -> list[str]:
         """What a person should know before the run, a sentence each."""
-        old = [f"{Path(self.settings.train.load_model).name} is an RWKV-5 (x052) model: that version is deprecated, "
-               "take a newer base for new work"] if self.model.shape.version == "x052" else []
-        return [*old, *self.batches.notices(), self._disk_notice()]
+        told, t = [], self.settings.train
+        if self.model.shape.version == "x052":
+            told.append(f"{Path(t.load_model).name} is an RWKV-5 (x052) model: that version is deprecated, take a "
+                        "newer base for new work")
+        if t.strategy.startswith("deepspeed"):
+            told.append(f"strategy {t.strategy} is not needed: one device trains alone")
+        return [*told, *self.batches.notices(), self._disk_notice()]
 
     def heldout_loss(self) -> float:
         """Mean cross-entropy over the held-out documents, nats per trained token."""

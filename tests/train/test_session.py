@@ -121,6 +121,16 @@ def test_resume_refuses_other_settings_by_name(tmp_path, settings):
         train(tmp_path, replace(settings, r=8), start="resume")
 
 
+def test_a_run_that_a_nan_stopped_goes_on_with_skip(tmp_path, settings):
+    session = TrainSession(Run(tmp_path), replace(settings, checkpoint_seconds=0)).start()
+    until(lambda: session.snapshot().step >= 3)
+    session.change(lr_init=1e30)
+    with pytest.raises(TrainingError):
+        session.join()
+    end = train(tmp_path, replace(settings, checkpoint_seconds=0, on_spike="skip", lr_init=1e-4), start="resume")
+    assert end.status == "finished" and steps(end.rows)[-1]["lr"] < 1e-3
+
+
 def test_a_second_run_on_the_same_folder_is_refused(tmp_path, settings):
     first = TrainSession(Run(tmp_path), replace(settings, epoch_count=100)).start()
     until(lambda: first.snapshot().step >= 1)
