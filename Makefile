@@ -7,7 +7,7 @@ export PYTHONUNBUFFERED := 1
 # threads that spin on would take them all; threads that sleep at once cost a training step up to half its speed.
 export GOMP_SPINCOUNT := 10000
 
-.PHONY: run lab test bench soak setup setup-test
+.PHONY: run lab test bench soak gpu-check setup setup-test
 
 run: setup             ## run all notebooks in order; the results are in runs/quickstart/
 	@"$(ENV)/bin/rwkv-nb" run
@@ -30,6 +30,10 @@ bench: setup-test      ## measure on this machine; the results are in tests/benc
 
 soak: setup-test       ## the longer proofs; the results are in tests/benchmarks/results/soak.txt
 	@bash -o pipefail -c '$(PYTHON) -m pytest -m soak --durations=0 | tee tests/benchmarks/results/soak.txt'
+
+# On a machine with a GPU and a torch of its own, where nothing is set up or downloaded.
+gpu-check:             ## PART=kernels|train: what only a GPU shows; the results are in tests/benchmarks/results/gpu/
+	@"$(or $(wildcard $(ENV)/bin/python),python3)" tests/gpu/gpu_check.py $(or $(PART),kernels) $(if $(PEER),--peer $(PEER))
 
 setup:
 	@bash .ci/setup.sh "$(ENV)"

@@ -1,0 +1,83 @@
+"""What only a GPU can show, in parts of a few minutes each, on a machine with nothing but torch, ninja and nvcc.
+
+    python tests/gpu/gpu_check.py kernels|train [--out FOLDER] [--peer FILE.py] [--device cuda]
+
+A part is a module part_NAME.py beside this file with
+
+    cases(options)   every case in order: (its name, a function without arguments that returns a dict for JSON)
+    table(results)   a short table of {name: dict} for the end
+
+Each case that ends is appended to FOLDER/NAME.jsonl with the machine it ran on. A run that was cut goes on where it
+was; a case that raised is tried again. The exit code is 1 if a case raised or says {"ok": false}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import platform
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parents[1])]
+
+
+def machine(device: str) -> dict:
+    """What decides the figures: device, torch, CUDA, driver's version."""
+    if device == "cpu":
+        return {"device": "cpu", "torch": torch.__version__}
+    card = torch.cuda.get_device_properties(0)
+    return {"device": card.name, "memory_gb": round(card.total_memory / 1e9), "sm": f"{card.major}{card.minor}",
+            "torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version()}
+
+
+def earlier(path: Path, here: dict) -> dict:
+    """The results of an earlier run on the same machine: {case: result}."""
+    lines = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
+    return {line["case"]: line["result"] for line in lines if line["machine"] == here and "error" not in line["result"]}
+
+
+def run(part, path: Path, options) -> dict:
+    here = machine(options.device)
+    results = earlier(path, here)
+    for name, work in part.cases(options):
+        if name in results:
+            continue
+        start = time.monotonic()
+        try:
+            result = work()
+        except Exception as error:  # one case must not cost the others
+            traceback.print_exc()
+            result = {"error": f"{type(error).__name__}: {error}"}
+        results[name] = result
+        with open(path, "a") as file:
+            file.write(json.dumps({"case": name, "machine": here, "result": result}) + "\n")
+        print(f"{name}: {json.dumps(result)}  ({time.monotonic() - start:.1f} s)", flush=True)
+    return results
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=sorted(p.stem.removeprefix("part_") for p in HERE.glob("part_*.py")))
+    parser.add_argument("--out", type=Path, default=HERE.parent / "benchmarks" / "results" / "gpu")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: to try this script, small")
+    parser.add_argument("--peer", type=Path, help="a Python file with KERNELS = {name: (version, function)}; a "
+                        "function takes what wkv7 and its like take, but the state, and returns y")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    part = importlib.import_module(f"part_{options.part}")
+    results = run(part, options.out / f"{options.part}.jsonl", options)
+    bad = [name for name, result in results.items() if "error" in result or result.get("ok") is False]
+    print(f"\n{json.dumps(machine(options.device))}\n\n{part.table(results)}\n")
+    print(f"{len(results) - len(bad)} of {len(results)} cases are good" + "".join(f"\n  not: {name}" for name in bad))
+    return bool(bad)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,165 @@
+"""Every op of every version against float64, under streams, graphs and torch.compile, and timed."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import itertools
+import time
+
+import torch
+
+from rwkv_nb.errors import KernelError
+from rwkv_nb.wkv import WKV, pick_op
+from rwkv_nb.wkv.selftest import outputs_and_grads, realistic_inputs
+
+NAMES = {7: ("dr", "dw", "dk", "dv", "da", "db", "dstate"), 6: ("dr", "dw", "dk", "dv", "du", "dstate")}
+LENGTHS = (1, 15, 16, 17, 64, 257)
+SHAPES = {"B8 T4096 H64": (8, 4096, 64), "B1 T1024 H32": (1, 1024, 32)}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BARS = {"cuda": 2e-3, "triton": 2e-3, "chunked": 4e-3, "fla": 4e-3, "cpu": 4e-3}  # of 16 bits, rounding included
+
+
+def cases(options):
+    ops = ("cuda", "triton", "fla", "chunked") if options.device == "cuda" else ("cpu",)
+    lengths = LENGTHS if options.device == "cuda" else (1, 17)
+    yield "ops", lambda: {op: _why_not(op, options.device) for op in ops}
+    for version, op, dtype in itertools.product(WKV, ops, DTYPES):
+        if not _why_not(op, options.device) and not (op == "fla" and version == 7 and dtype == torch.float32):
+            yield (f"right: WKV-{version} {op} {str(dtype)[6:]}",
+                   functools.partial(_right, version, op, dtype, options.device, lengths))
+    if options.device == "cuda":
+        for version, op in itertools.product(WKV, ("cuda", "triton")):
+            if not _why_not(op, options.device):
+                work = functools.partial(_right, version, op, torch.float32, "cuda", (4096,))
+                yield f"long: WKV-{version} {op}", work
+        if not _why_not("cuda", "cuda"):
+            for version in WKV:
+                yield f"graph: WKV-{version} cuda", functools.partial(_graph, version)
+                yield f"compile: WKV-{version} cuda", functools.partial(_compiled, version)
+    shapes = SHAPES if options.device == "cuda" else {"B1 T64 H2": (1, 64, 2)}
+    for (shape, size), version in itertools.product(shapes.items(), WKV):
+        for name, way in _ways(version, ops, options):
+            if name == "chunked" and size[0] > 1:
+                continue  # its float64 sums would not fit
+            yield f"time: WKV-{version} {name} {shape}", functools.partial(_time, version, way, size, options.device)
+
+
+def table(results) -> str:
+    lines = ["| | largest error | bar |", "|---|---|---|"]
+    for name, result in results.items():
+        if name.startswith(("right", "long")) and "largest" in result:
+            lines.append(f"| {name} | {result['largest']:.1e} at {result['where']} | {result['bar']:.0e} |")
+    lines += ["", "| time, bf16 | forward ms | forward + backward ms | peak GB |", "|---|---|---|---|"]
+    lines += [f"| {name[6:]} | {r['forward_ms']} | {r['both_ms']} | {r['peak_gb']} |"
+              for name, r in results.items() if name.startswith("time") and "both_ms" in r]
+    return "\n".join(lines)
+
+
+@functools.cache
+def _why_not(op, device) -> str:
+    try:
+        pick_op(op, device)
+    except KernelError as error:
+        return str(error)
+    return ""
+
+
+def _right(version, op, dtype, device, lengths) -> dict:
+    """Forward and every gradient, with and without a state, few heads and many; the largest relative error."""
+    found = []
+    shapes = [(2, 3, T) for T in lengths] + ([(8, 64, 33)] if device == "cuda" and len(lengths) > 1 else [])
+    for (B, H, T), with_state in itertools.product(shapes, (True, False)):
+        *inputs, state = (x.to(device) for x in realistic_inputs(B, T, H, 64, version=version, wide=not with_state))
+        inputs = [x.to(dtype) for x in inputs] + [state if with_state else None]
+        upstream = torch.randn(B, T, H, 64, device=device).to(dtype), torch.randn(B, H, 64, 64, device=device)
+        reference = outputs_and_grads(WKV[version], inputs, upstream, torch.float64, op="torch")
+        out = outputs_and_grads(WKV[version], inputs, upstream, dtype, op=op)
+        names = ("y", "last", *NAMES[max(version, 6)])
+        for name, x, ref in zip(names, out, reference, strict=False):
+            size = max(ref.norm().item(), ref.numel() ** 0.5 if ref.numel() < 1000 else 1e-30)
+            found.append(((x.double() - ref).norm().item() / size, f"{name} T{T} B{B} H{H}"))
+    bar = 1e-5 if dtype == torch.float32 else BARS[op]
+    largest = max(found, key=lambda pair: float("inf") if pair[0] != pair[0] else pair[0])
+    return {"largest": largest[0], "where": largest[1], "bar": bar, "ok": largest[0] <= bar}
+
+
+def _leaves(version, B, T, H, device, dtype=torch.bfloat16):
+    inputs = [x.to(device, dtype) for x in realistic_inputs(B, T, H, 64, version=version)[:-1]]
+    return [x.requires_grad_() for x in inputs]
+
+
+def _both(way, leaves, dy):
+    y = way(*leaves)
+    y = y[0] if isinstance(y, tuple) else y
+    return y, *torch.autograd.grad(y, leaves, dy)
+
+
+def _graph(version) -> dict:
+    """Forward and backward captured into a CUDA graph, which replays on other numbers."""
+    way = functools.partial(WKV[version], op="cuda")
+    leaves, fresh = _leaves(version, 1, 100, 4, "cuda"), _leaves(version, 1, 100, 4, "cuda")
+    dy = torch.randn(1, 100, 4, 64, device="cuda", dtype=torch.bfloat16)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):  # a capture is not on the default stream, nor is the warm-up before it
+        _both(way, leaves, dy)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = _both(way, leaves, dy)
+    with torch.no_grad():
+        for x, new in zip(leaves, fresh, strict=True):
+            x.copy_(new)
+    graph.replay()
+    torch.cuda.synchronize()
+    return {"ok": all(torch.equal(x, y) for x, y in zip(out, _both(way, fresh, dy), strict=True))}
+
+
+def _compiled(version) -> dict:
+    leaves = _leaves(version, 1, 100, 4, "cuda")
+    dy = torch.randn(1, 100, 4, 64, device="cuda", dtype=torch.bfloat16)
+    way = functools.partial(WKV[version], op="cuda")
+    whole = torch.compile(lambda *x: way(*x)[0], fullgraph=True)
+    expected = _both(way, leaves, dy)
+    return {"ok": all(torch.allclose(x, y, atol=1e-2) for x, y in zip(_both(whole, leaves, dy), expected, strict=True))}
+
+
+def _ways(version, ops, options):
+    for op in ops:
+        if not _why_not(op, options.device):
+            yield op, functools.partial(WKV[version], op=op)
+    if options.peer:
+        spec = importlib.util.spec_from_file_location("peer", options.peer)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        yield from ((name, way) for name, (its_version, way) in module.KERNELS.items() if its_version == version)
+
+
+def _time(version, way, size, device) -> dict:
+    """Median times, after a warm-up, of as many rounds as fit into two seconds each; peak memory of both."""
+    B, T, H = size
+    leaves = _leaves(version, B, T, H, device)
+    dy = torch.randn(B, T, H, 64, device=device, dtype=torch.bfloat16)
+
+    def forward():
+        with torch.no_grad():
+            way(*leaves)
+    result = {"forward_ms": _median(forward, device), "both_ms": _median(lambda: _both(way, leaves, dy), device)}
+    peak = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else 0
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.empty_cache()
+    return result | {"peak_gb": round(peak, 2)}
+
+
+def _median(work, device) -> float:
+    """Milliseconds. By the wall clock around a wait for the GPU, which adds some 10 µs."""
+    def once():
+        start = time.perf_counter()
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+    first = [once(), once()][-1]
+    took = sorted(once() for _ in range(max(3, min(50, int(2 / first)))))
+    return round(took[len(took) // 2] * 1e3, 3)

@@ -1,0 +1,76 @@
+"""One LoRA step of each published size on random weights: tokens a second and peak memory."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import time
+
+import torch
+
+from rwkv_nb.config import LoraSettings
+from rwkv_nb.lora.layers import adapter_parameters, attach
+from rwkv_nb.model.rwkv import RWKV
+from rwkv_nb.model.shape import PUBLISHED, PUBLISHED_OLDER, Shape
+from rwkv_nb.train.loss import head_loss
+from rwkv_nb.wkv import pick_op
+
+SIZES = ("0.1B", "0.4B", "1.5B", "2.9B", "v6 1.6B", "v6 3B")
+BATCHES = ((1, 1024), (8, 1024))
+TINY = Shape(2, 64, 257, 16, 16, 16, 16, 128)
+
+
+def cases(options):
+    if options.device == "cpu":
+        yield "tiny B1 T16 none", functools.partial(_step, TINY, 1, 16, "none", "cpu")
+        return
+    shapes = PUBLISHED | PUBLISHED_OLDER
+    for size, (B, T), grad_cp in itertools.product(SIZES, BATCHES, ("none", "block")):
+        yield f"{size} B{B} T{T} {grad_cp}", functools.partial(_step, shapes[size], B, T, grad_cp, "cuda")
+
+
+def table(results) -> str:
+    lines = ["| bf16, r 64 | op | thousand tokens/s | peak GB |", "|---|---|---|---|"]
+    return "\n".join(lines + [f"| {name} | {r['op']} | {r['ktokens']} | {r['peak_gb']} |"
+                              for name, r in results.items() if "ktokens" in r])
+
+
+def _step(shape, B, T, grad_cp, device) -> dict:
+    """The median of ten steps: forward, the library's head and loss, backward, AdamW."""
+    try:
+        return _measure(shape, B, T, grad_cp, device)
+    except torch.cuda.OutOfMemoryError:
+        return {"note": "more memory is needed"}
+    finally:
+        if device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+
+def _measure(shape, B, T, grad_cp, device) -> dict:
+    model = RWKV(shape, device=device, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.02)
+    attach(model, LoraSettings(r=64, lora_alpha=128), seed=1)
+    optimizer = torch.optim.AdamW(adapter_parameters(model), lr=1e-4)
+    tokens = torch.randint(1, shape.vocab_size, (B, T + 1), device=device)
+    mask = torch.ones(B, T, dtype=torch.bool, device=device)
+
+    def step():
+        hidden, _ = model.hidden(tokens[:, :-1], grad_cp=grad_cp, keep_state=False)
+        head_loss(hidden, model.head, tokens[:, 1:], mask, B * T)[0].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    took = []
+    for i in range(12):
+        start = time.perf_counter()
+        step()
+        if i > 1:
+            took.append(time.perf_counter() - start)
+    peak = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else 0
+    return {"op": pick_op("auto", device, torch.bfloat16, shape.generation),
+            "ktokens": round(B * T / sorted(took)[5] / 1e3, 1), "peak_gb": round(peak, 2)}
