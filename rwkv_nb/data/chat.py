@@ -132,12 +132,13 @@ def row_text(row: dict, template: Template, fields: tuple[str, ...] = ()) -> str
     """The document in a row of data, written by the template.
 
     In this order: the named fields (questions first, the answer last); "text", taken as it is; "messages", a list of
-    {"role", "content"}; a question and its answer by the usual names. Raises DataError (`what` only) for other rows.
+    {"role", "content"}, or "conversations", of {"from", "value"}; a question and its answer by the usual names. Raises
+    DataError (`what` only) for other rows.
     """
     if not fields and "text" in row:
         return _string(row, "text")
-    if not fields and "messages" in row:
-        return render(_messages(row), template)
+    if not fields and (name := next((n for n in ("messages", "conversations") if n in row), None)):
+        return render(_messages(row, name), template)
     if not fields:
         asked = next((name for name in ANSWERS if name in row and ANSWERS[name] in row), None)
         if not asked:
@@ -158,12 +159,15 @@ def _string(row: dict, name: str) -> str:
     return value
 
 
-def _messages(row: dict) -> list[dict]:
+def _messages(row: dict, name: str) -> list[dict]:
     """A row's messages, with roles by one name and the tools in the system turn."""
-    found = row["messages"]
+    found = row[name]
     if not isinstance(found, list) or not found or not all(isinstance(m, dict) for m in found):
-        raise DataError('"messages" is not a list of {"role": …, "content": …}')
-    turns = [m | {"role": ROLES.get(str(m.get("role")), str(m.get("role")))} for m in found]
+        raise DataError(f'"{name}" is not a list of {{"role": …, "content": …}}')
+    turns = []
+    for message in found:
+        role = str(message.get("role", message.get("from")))
+        turns.append({"content": message.get("value")} | message | {"role": ROLES.get(role, role)})
     if row.get("tools"):
         system = turns.pop(0) if turns[0]["role"] == "system" else {"role": "system", "content": ""}
         turns.insert(0, system | {"tools": row["tools"]})

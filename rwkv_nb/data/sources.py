@@ -19,8 +19,8 @@ from .mixing import Selection, mixed, repeated, split
 
 __all__ = ["DataFile", "Document", "Documents", "Problem", "find_data_file", "open_documents",
            "open_split", "read_jsonl"]
-SUFFIXES = {  # of files that each type may be; auto takes the first type that fits
-    "jsonl": (".jsonl",), "binidx": (".bin", ".idx"), "numpy": (".npy",), "utf-8": (".txt", ".md"),
+SUFFIXES = {  # that a file of each type may have; auto takes the type that names its suffix first
+    "jsonl": (".jsonl", ".json"), "binidx": (".bin", ".idx"), "numpy": (".npy",), "utf-8": (".txt", ".md"),
     "sft": (".json", ".csv", ".parquet", ".jsonl"), "utf-16le": (".txt",), "uint16": (".bin",)}
 DUMMY = 1000  # documents of a dummy source
 
@@ -176,7 +176,7 @@ def _kind(path: Path, data_type: str) -> str | None:
     """What an existing file of that name is: data_type, where given, else by its suffix."""
     by_suffix = [kind for kind, suffixes in SUFFIXES.items() if path.suffix in suffixes]
     if data_type == "auto":
-        return next(iter(by_suffix), None)
+        return min(by_suffix, key=lambda kind: SUFFIXES[kind].index(path.suffix), default=None)
     if by_suffix and data_type not in by_suffix:
         raise DataError(f"this is a {by_suffix[0]} file, data_type says {data_type}", where=path,
                         fix="set data_type to auto")

@@ -162,7 +162,7 @@ class LengthSlider(widgets.VBox):
         self._slider = widgets.IntSlider(ctx_len, 2, -(-longest // step) * step, step, description="ctx_len",
                                          continuous_update=False, layout={"width": "420px"})
         self._pack = widgets.Checkbox(False, description="packed", indent=False)
-        self._text, self._image = widgets.HTML(), widgets.Image(format="png")
+        self._text, self._image = widgets.HTML(), widgets.Image(format="png", layout={"max_width": "720px"})
         self._slider.observe(self._show, "value")
         self._pack.observe(self._show, "value")
         super().__init__([widgets.HBox([self._slider, self._pack]), self._text, self._image])

@@ -117,6 +117,12 @@ def test_sft_that_cannot_be_read_is_named(tmp_path):
         opened(path, sft_split="train[20:]")
 
 
+def test_a_json_file_may_hold_lines(tmp_path):
+    write_rows(tmp_path / "a.json", ROWS)
+    (tmp_path / "b.json").write_text("\n".join(map(json.dumps, ROWS)))
+    assert opened(tmp_path / "a.json") == opened(tmp_path / "b.json", data_type="jsonl")
+
+
 def test_a_data_set_by_name_or_what_is_missing_for_it(tmp_path):
     with pytest.raises(RwkvNbError) as caught:
         opened(tmp_path / "no" / "such", data_type="sft")
