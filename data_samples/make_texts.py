@@ -216,8 +216,25 @@ def general(n: int = 300) -> list[str]:
     return list(itertools.islice(base_text(2_000_000_011, held_out=True), n))
 
 
-def write_jsonl(path: Path, documents: list[str]) -> None:
-    lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents)
+def choices(heldout: list[str], n: int = 60) -> list[dict]:
+    """Multiple-choice questions, as they are committed: each wrong answer has one field of somebody else's."""
+    rng, people = random.Random(7), []
+    for text in heldout[:n]:
+        sentence, _, answer = text.partition("\n\nAssistant: ")
+        people.append((sentence.removeprefix("User: "), json.loads(answer)))
+    rows = []
+    for sentence, person in people:
+        others = [{**person, key: next(p[key] for _, p in rng.sample(people, n) if p[key] != person[key])}
+                  for key in person]
+        answers = [json.dumps(p, ensure_ascii=False) for p in rng.sample([person, *others], 4)]
+        rows.append({"question": sentence, "choices": answers,
+                     "answer": answers.index(json.dumps(person, ensure_ascii=False))})
+    return rows
+
+
+def write_jsonl(path: Path, documents: list[str] | list[dict]) -> None:
+    rows = (text if isinstance(text, dict) else {"text": text} for text in documents)
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     path.write_text("".join(lines), encoding="utf-8")
     print(f"{path.name}: {len(documents)} documents, {path.stat().st_size / 1e3:.0f} kB")
 
@@ -226,6 +243,7 @@ def main() -> None:
     train, heldout = quickstart()
     write_jsonl(HERE / "quickstart_train.jsonl", train)
     write_jsonl(HERE / "quickstart_heldout.jsonl", heldout)
+    write_jsonl(HERE / "quickstart_choices.jsonl", choices(heldout))
     write_jsonl(HERE / "general_heldout.jsonl", general())
 
 

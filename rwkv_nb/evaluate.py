@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
+from .data.chat import loss_mask, prompt
+from .data.jsonl import good, scan_jsonl
+from .data.sources import Document
 from .errors import DataError
 from .generate import PREFILL, eval_mode, generate
 from .model import RWKV
@@ -61,28 +67,129 @@ def exact_match(model: RWKV, tokenizer, examples: Sequence[str], *, max_tokens: 
     return Score(len(rows), right, right / len(rows), rows)
 
 
-@torch.inference_mode()
 def text_loss(model: RWKV, documents: Iterable, *, op: str = "auto", batch: int = 32) -> float:
     """Mean cross-entropy, nats per trained token, over documents (tokens [T], mask [T] each; data.sources).
 
     A token is predicted from all that stands before it in its document; the first is not predicted.
+    """
+    losses = document_losses(model, documents, op=op, batch=batch)
+    count = sum(n for _, n in losses)
+    if not count:
+        raise DataError("no token of these documents is trained", fix="check data_type and the template's markers")
+    return sum(total for total, _ in losses) / count
+
+
+@torch.inference_mode()
+def document_losses(model: RWKV, documents: Iterable, *, op: str = "auto", batch: int = 32) -> list[tuple[float, int]]:
+    """Each document's summed cross-entropy (nats) and its number of trained tokens, in the documents' order.
+
     Long documents are read in pieces, the state carried over, so memory stays constant.
     """
-    order = sorted(documents, key=lambda document: len(document.tokens))
-    total, count = 0.0, 0
+    documents = list(documents)
+    order = sorted(range(len(documents)), key=lambda i: len(documents[i].tokens))
+    out: list[tuple[float, int]] = [(0.0, 0)] * len(documents)
     with eval_mode(model):
-        for i in range(0, len(order), batch):
-            inputs, targets = _padded(order[i:i + batch], model.emb.weight.device)
-            state = None
+        for start in range(0, len(order), batch):
+            some = order[start:start + batch]
+            inputs, targets = _padded([documents[i] for i in some], model.emb.weight.device)
+            state, totals = None, torch.zeros(len(some), dtype=torch.float64)
             for x, y in zip(inputs.split(PREFILL, 1), targets.split(PREFILL, 1), strict=True):
                 hidden, state = model.hidden(x, state, op=op)
                 trained = y >= 0
-                logits = model.head(hidden[trained]).float()
-                total += F.cross_entropy(logits, y[trained], reduction="sum").item()
-                count += int(trained.sum())
-    if not count:
-        raise DataError("no token of these documents is trained", fix="check data_type and the template's markers")
-    return total / count
+                losses = F.cross_entropy(model.head(hidden[trained]).float(), y[trained], reduction="none")
+                totals.index_add_(0, trained.nonzero()[:, 0].cpu(), losses.double().cpu())
+            for i, total, n in zip(some, totals.tolist(), (targets >= 0).sum(1).tolist(), strict=True):
+                out[i] = (total, n)
+    return out
+
+
+def hardest(model: RWKV, documents: Sequence, *, op: str = "auto") -> list[tuple[float, int]]:
+    """(loss a token, index) of each document, the highest first: bad data stands at the top. Untrained ones are left
+    out."""
+    losses = document_losses(model, documents, op=op)
+    return sorted(((total / n, i) for i, (total, n) in enumerate(losses) if n), reverse=True)
+
+
+class Choice(NamedTuple):
+    """A multiple-choice question, its answers, the right one's index, and the one that the model takes."""
+
+    question: str
+    choices: list[str]
+    right: int
+    taken: int
+
+
+def multiple_choice(model: RWKV, tokenizer, path: str | Path, *, template: str = "chat", op: str = "auto"
+                    ) -> list[Choice]:
+    """A jsonl of {"question", "choices": […], "answer": index or text}: the answer that the model finds likeliest.
+
+    Likeliest: the highest sum of log-probabilities, each answer behind the question as the template puts it.
+    Raises DataError, with file and line, for a row of another form.
+    """
+    rows = [json.loads(text) for _, text in good(scan_jsonl(Path(path), _choice_row), path)]
+    documents, space = [], "" if template == "plain" else " "
+    for row in rows:
+        asked = tokenizer.encode(prompt(row["question"], template)) or [0]
+        for choice in row["choices"]:
+            answer = tokenizer.encode(space + choice)
+            documents.append(Document(np.array(asked + answer, np.uint16),
+                                      np.arange(len(asked) + len(answer)) >= len(asked)))
+    losses = iter(document_losses(model, documents, op=op))
+    out = []
+    for row in rows:
+        each = [next(losses)[0] for _ in row["choices"]]
+        out.append(Choice(row["question"], row["choices"], row["answer"], each.index(min(each))))
+    return out
+
+
+def _choice_row(row) -> str:
+    """A row as JSON with the answer's index. Raises DataError (`what` only) for another form."""
+    choices = row.get("choices") if isinstance(row, dict) else None
+    fine = isinstance(choices, list) and len(choices) > 1 and all(isinstance(c, str) and c for c in choices)
+    if not fine or not isinstance(row.get("question"), str):
+        raise DataError('a row is {"question": "…", "choices": ["…", "…"], "answer": 0}')
+    answer = row.get("answer")
+    answer = choices.index(answer) if answer in choices else answer
+    if type(answer) is not int or not 0 <= answer < len(choices):
+        raise DataError(f"the answer {answer!r} is neither one of the choices nor its index, from 0")
+    return json.dumps({"question": row["question"], "choices": choices, "answer": answer})
+
+
+class Judgement(NamedTuple):
+    """What a model scores; None where there was nothing to score it on."""
+
+    heldout_loss: float             # nats a trained token, on held-out documents
+    exact: float | None             # share of held-out answers that are right to the letter
+    general_loss: float | None      # on text that has nothing to do with the task: what it retains
+    choices: float | None           # share of multiple-choice questions answered right
+
+
+def judge(model: RWKV, tokenizer, heldout: Sequence[str], *, general: Iterable | None = None,
+          choices: str | Path | None = None, template: str = "chat", op: str = "auto") -> Judgement:
+    """One model's Judgement: call it for base and merged. heldout: texts, with answers or without; general: documents
+    (data.sources); choices: a jsonl (multiple_choice)."""
+    documents = []
+    for text in heldout:
+        tokens = np.array([*tokenizer.encode(text), 0], np.uint16)
+        documents.append(Document(tokens, loss_mask(tokens, tokenizer, template)))
+    answered = [text for text in heldout if MARKER in text]
+    taken = multiple_choice(model, tokenizer, choices, template=template, op=op) if choices else []
+    return Judgement(text_loss(model, documents, op=op),
+                     exact_match(model, tokenizer, answered, op=op).share if answered else None,
+                     None if general is None else text_loss(model, general, op=op),
+                     sum(c.right == c.taken for c in taken) / len(taken) if taken else None)
+
+
+def judgement_table(judged: Mapping[str, Judgement]) -> str:
+    """The judgements as text, a row a measure and a column a model."""
+    forms = {"held-out loss": "{:.4f}", "exact answers": "{:.1%}", "general loss": "{:.4f}",
+             "multiple choice": "{:.1%}"}
+    lines = [f"{'':16}" + "".join(f"{name:>12}" for name in judged)]
+    for row, (name, form) in enumerate(forms.items()):
+        values = [j[row] for j in judged.values()]
+        if None not in values:
+            lines.append(f"{name:16}" + "".join(f"{form.format(v):>12}" for v in values))
+    return "\n".join(lines)
 
 
 def _padded(documents: Sequence, device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -111,14 +218,14 @@ def nearest_neighbour_baseline(train: Sequence[str], heldout: Sequence[str], mar
     """
     pairs = [split_example(text, marker) for text in train if marker in text]
     sizes, holders = [], defaultdict(list)
-    for i, (prompt, _) in enumerate(pairs):
-        grams = _trigrams(prompt)
+    for i, (asked, _) in enumerate(pairs):
+        grams = _trigrams(asked)
         sizes.append(len(grams))
         for gram in grams:
             holders[gram].append(i)
     right = 0
-    for prompt, answer in (split_example(text, marker) for text in heldout):
-        grams = _trigrams(prompt)
+    for asked, answer in (split_example(text, marker) for text in heldout):
+        grams = _trigrams(asked)
         shared = Counter(i for gram in grams for i in holders[gram])
         nearest = max(shared, key=lambda i: shared[i] / (len(grams) + sizes[i] - shared[i]), default=0)
         right += pairs[nearest][1] == answer

@@ -34,6 +34,7 @@ PRODUCTS = {
     "merged.pth": "the merged model",
     "loss.png": "the loss curve",
     "score.json": "held-out score before and after",
+    "score.png": "the same as a picture",
     "notebooks/*.ipynb": "the notebooks as they ran",
 }
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")

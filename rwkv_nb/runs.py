@@ -155,7 +155,7 @@ class Run:
     def set_aside(self) -> Path | None:
         """Move what an earlier run left to previous-N/; settings.json stays. Returns that folder, or None."""
         named = ("metrics.jsonl", "train_log.txt", "checkpoint.pt", "started.json", "merged.pth", "score.json",
-                 "loss.png")
+                 "score.png", "loss.png")
         products = [*self.adapters(), *self.folder.glob("rwkv-*.pth"), *(self.folder / name for name in named)]
         products = [p for p in products if p.exists()]
         if not products:

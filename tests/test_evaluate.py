@@ -1,12 +1,24 @@
 """Scores and losses against counting by hand."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
 from rwkv_nb import evaluate
 from rwkv_nb.errors import DataError
-from rwkv_nb.evaluate import constant_baseline, exact_match, nearest_neighbour_baseline, split_example, text_loss
+from rwkv_nb.evaluate import (
+    constant_baseline,
+    exact_match,
+    hardest,
+    judge,
+    judgement_table,
+    multiple_choice,
+    nearest_neighbour_baseline,
+    split_example,
+    text_loss,
+)
 from rwkv_nb.generate import generate
 from rwkv_nb.model import RWKV, Shape, init_weights
 from rwkv_nb.tokenizer import ByteTokenizer
@@ -84,3 +96,60 @@ def test_baselines():
                "User: one horse\n\nAssistant: horse", "User: the cat is old\n\nAssistant: cat"]
     assert constant_baseline(train, heldout) == 0.5
     assert nearest_neighbour_baseline(train, heldout) == 0.75
+
+
+# -- the judge ---------------------------------------------------------------------------------------------------------
+
+def test_documents_sorted_by_loss_put_the_odd_one_first(model, monkeypatch):
+    docs = documents(9)
+    untrained = Doc((np.array([1, 2, 3], dtype=np.uint16), np.zeros(3, dtype=bool)))
+    monkeypatch.setattr(evaluate, "PREFILL", 8)
+    ranked = hardest(model, [untrained, *docs])
+    by_hand = [loss_by_hand(model, [doc]) for doc in docs if len(doc.tokens) > 1 and doc.mask[1:].any()]
+    assert [loss for loss, _ in ranked] == pytest.approx(sorted(by_hand, reverse=True), abs=1e-5)
+    for loss, i in ranked[:3]:
+        assert loss == pytest.approx(loss_by_hand(model, [docs[i - 1]]), abs=1e-5)
+
+
+def test_multiple_choice_takes_the_likeliest_answer(model, tmp_path):
+    rows = [{"question": f"Which {i}?", "choices": ["red", "no", "blue green", "北京"], "answer": 0} for i in range(6)]
+    rows[3]["answer"] = "blue green"
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    taken = multiple_choice(model, TOKENIZER, tmp_path / "q.jsonl")
+    for row, choice in zip(rows, taken, strict=True):
+        asked, scores = TOKENIZER.encode(f"User: {row['question']}\n\nAssistant:"), []
+        for answer in row["choices"]:
+            ids = torch.tensor([asked + TOKENIZER.encode(" " + answer)])
+            with torch.no_grad():
+                p = torch.log_softmax(model(ids[:, :-1])[0][0], -1)
+            scores.append(sum(p[t - 1, ids[0, t]].item() for t in range(len(asked), ids.shape[1])))
+        assert choice.taken == int(np.argmax(scores))
+    assert [c.right for c in taken] == [0, 0, 0, 2, 0, 0]
+
+
+@pytest.mark.parametrize("row, complaint", [
+    ({"question": "a", "choices": ["b"], "answer": 0}, "a row is"), ({"choices": ["b", "c"], "answer": 0}, "a row is"),
+    ({"question": "a", "choices": ["b", "c"], "answer": 2}, "answer 2"),
+    ({"question": "a", "choices": ["b", "c"], "answer": "d"}, "answer 'd'"), (["a"], "a row is")])
+def test_questions_of_another_form_are_refused_with_their_line(model, tmp_path, row, complaint):
+    fine = {"question": "a", "choices": ["b", "c"], "answer": 1}
+    (tmp_path / "q.jsonl").write_text(json.dumps(fine) + "\n" + json.dumps(row) + "\n")
+    with pytest.raises(DataError, match=complaint) as caught:
+        multiple_choice(model, TOKENIZER, tmp_path / "q.jsonl")
+    assert "q.jsonl:2" in str(caught.value)
+
+
+def test_a_judgement_is_its_parts(model, tmp_path):
+    texts = [f"User: {i}\n\nAssistant: {i}" for i in range(4)]
+    (tmp_path / "q.jsonl").write_text(json.dumps({"question": "a", "choices": ["b", "c"], "answer": 1}) + "\n")
+    general = documents(3)
+    whole = judge(model, TOKENIZER, texts, general=general, choices=tmp_path / "q.jsonl")
+    assert whole.exact == exact_match(model, TOKENIZER, texts).share and whole.choices in (0, 1)
+    assert whole.general_loss == text_loss(model, general)
+    answers = [Doc((np.array([*TOKENIZER.encode(t), 0], np.uint16), np.arange(len(t) + 1) >= t.index("t:") + 2))
+               for t in texts]
+    assert whole.heldout_loss == pytest.approx(text_loss(model, answers), abs=1e-6)
+    part = judge(model, TOKENIZER, ["plain words"], template="plain")
+    assert part.exact is part.general_loss is part.choices is None
+    assert "exact" in judgement_table({"a": whole, "b": whole})
+    assert "exact" not in judgement_table({"a": whole, "b": part})

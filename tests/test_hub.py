@@ -12,6 +12,7 @@ import pytest
 
 from rwkv_nb import hub
 from rwkv_nb.errors import CheckpointError
+from rwkv_nb.widgets.weights import BaseChooser
 
 NEW, OLD = "rwkv7-g1-0.1b-20990101-ctx8192.pth", "rwkv7-g1-0.1b-20250307-ctx4096.pth"
 
@@ -128,3 +129,16 @@ def test_the_command_and_the_mirror_setting(server, tmp_path):
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / NEW).read_bytes() == server.files[NEW] and "0.00 GB" in done.stdout
+
+
+def test_the_drop_down_says_the_size_and_fetches(server, tmp_path):
+    chooser = BaseChooser(tmp_path, endpoint=server.endpoint)
+    name, size, get, bar = chooser.children[0].children
+    assert list(name.options) == list(hub.KNOWN) and name.value == "rwkv7-g1-0.1b"
+    assert (size.click(), chooser.join())[1] is None and chooser.said.value == f"{NEW}: 0.00 GB"
+    assert (get.click(), chooser.join())[1] == tmp_path / NEW
+    assert bar.value == 1 and "checked" in chooser.said.value
+    name.value = "llama"
+    get.click()
+    chooser.join()
+    assert "no published model" in chooser.said.value

@@ -45,6 +45,8 @@ def make_texts():
 def test_the_script_makes_the_committed_files(make_texts, train, heldout):
     assert make_texts.quickstart() == (train, heldout)
     assert make_texts.general() == texts("general_heldout")
+    lines = (SAMPLES / "quickstart_choices.jsonl").read_text(encoding="utf-8").splitlines()
+    assert make_texts.choices(heldout) == [json.loads(line) for line in lines]
 
 
 def test_no_held_out_person_is_in_the_training_text(train, heldout):

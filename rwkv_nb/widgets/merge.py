@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Mapping
 from html import escape
 
 import ipywidgets as widgets
 from matplotlib.figure import Figure
 
 from ..data.chat import prompt
+from ..evaluate import Judgement
 from ..generate import stream
 from ..lora.layers import strength
 from ..model import RWKV
@@ -81,22 +83,39 @@ class StrengthSlider(widgets.VBox):
                              f'<span style="white-space:pre-wrap;font-family:monospace">{escape(text)}</span></div>')
 
 
-def score_figure(score: tuple[float, float], loss: tuple[float, float], n: int) -> Figure:
-    """Before and after, two panels of bars: share of n held-out answers that are right, and loss on general text."""
-    figure = Figure(figsize=(7.6, 1.7), facecolor="white")
-    panels = ((0.13, f"held-out answers that are right, of {n}", score, [f"{s:.0%}" for s in score], 1.0),
-              (0.60, "loss on general text (lower is better)", loss, [f"{x:.3f}" for x in loss], 1.25 * max(loss)))
-    for left, title, values, texts, right in panels:
-        axes = figure.add_axes((left, 0.16, 0.36, 0.62))
-        bars = axes.barh(["base", "merged"], values, color=[COLOURS[1], COLOURS[0]], height=0.62)
-        axes.bar_label(bars, texts, padding=4, fontsize=9, color=INK)
-        axes.set_xlim(0, right)
+def score_figure(judged: Mapping[str, Judgement]) -> Figure:
+    """A panel of bars a measure, a bar a model; measures that were not taken are left out."""
+    titles = ("held-out loss (lower is better)", "held-out answers that are right",
+              "loss on general text (lower is better)", "multiple choice, right")
+    rows = [row for row in range(4) if all(j[row] is not None for j in judged.values())]
+    figure = Figure(figsize=(3.8 * len(rows), 1.7), facecolor="white")
+    for panel, row in enumerate(rows):
+        values, share = [j[row] for j in judged.values()], row % 2 == 1
+        axes = figure.add_axes(((panel + 0.22) / len(rows), 0.16, 0.7 / len(rows), 0.62))
+        bars = axes.barh(list(judged), values, color=[COLOURS[1], COLOURS[0]], height=0.62)
+        axes.bar_label(bars, [f"{v:.0%}" if share else f"{v:.3f}" for v in values], padding=4, fontsize=9, color=INK)
+        axes.set_xlim(0, 1.25 if share else 1.25 * max(values))
         axes.invert_yaxis()
-        axes.set_title(title, loc="left", fontsize=10, color=INK)
+        axes.set_title(titles[row], loc="left", fontsize=10, color=INK)
         axes.grid(color=GRID, lw=0.8, axis="x")
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8, colors=INK, left=False)
-    figure.axes[0].xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
-    figure.axes[1].set_yticklabels([])
+        if share:
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}" if value <= 1 else "")
     return figure
+
+
+class Bar(widgets.FloatProgress):
+    """A progress bar to hand to merge or export: display(bar := Bar()); merge(…, progress=bar.report)."""
+
+    def __init__(self):
+        super().__init__(max=1.0, layout={"width": "400px"})
+
+    def __repr__(self) -> str:
+        return "Bar()"
+
+    def report(self, done: int, total: int) -> None:
+        """Paint the share that is done, in steps that can be seen."""
+        if done == total or done / total - self.value > 0.01:
+            self.value = done / total

@@ -4,10 +4,12 @@ import pytest
 from lora_files import make_adapter
 
 from rwkv_nb.data.chat import prompt
+from rwkv_nb.evaluate import Judgement
 from rwkv_nb.generate import generate
 from rwkv_nb.lora.layers import lora_layers, strength
+from rwkv_nb.lora.merge import merge
 from rwkv_nb.tokenizer import get_tokenizer
-from rwkv_nb.widgets.merge import StrengthSlider, score_figure
+from rwkv_nb.widgets.merge import Bar, StrengthSlider, score_figure
 from rwkv_nb.widgets.plots import png
 
 BYTES = get_tokenizer("byte")
@@ -48,4 +50,13 @@ def test_an_error_is_shown_in_place_of_the_answer(model):
 
 
 def test_score_picture():
-    assert png(score_figure((0.0, 0.985), (0.71, 0.72), 200)).startswith(b"\x89PNG")
+    judged = {"base": Judgement(1.2, 0.0, 0.71, None), "merged": Judgement(0.2, 0.985, 0.72, None)}
+    assert png(figure := score_figure(judged)).startswith(b"\x89PNG")
+    assert [len(axes.patches) for axes in figure.axes] == [2, 2, 2]
+
+
+def test_the_bar_follows_a_merge(lively, tmp_path):
+    bar = Bar()
+    merge(lively, make_adapter(tmp_path / "a.safetensors", lively)[0], tmp_path / "m.pth", prove=False,
+          progress=bar.report)
+    assert bar.value == 1
