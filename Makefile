@@ -32,7 +32,7 @@ soak: setup-test       ## the longer proofs; the results are in tests/benchmarks
 	@bash -o pipefail -c '$(PYTHON) -m pytest -m soak --durations=0 | tee tests/benchmarks/results/soak.txt'
 
 # On a machine with a GPU and a torch of its own, where nothing is set up or downloaded.
-gpu-check:             ## PART=kernels|train: what only a GPU shows; the results are in tests/benchmarks/results/gpu/
+gpu-check:             ## PART=kernels|train|memory: what only a GPU shows; the results are in tests/benchmarks/results/gpu/
 	@"$(or $(wildcard $(ENV)/bin/python),python3)" tests/gpu/gpu_check.py $(or $(PART),kernels) $(if $(PEER),--peer $(PEER))
 
 setup:

@@ -32,6 +32,7 @@ from .wkv import pick_op
 
 CONTEXT = 500_000_000     # what CUDA, or Python with torch, takes for itself
 WKV_SAVED = 16            # steps between two fp32 states that the GPU kernels keep for backward
+CUBLAS = {True: 2**25, False: 2**23 + 2**17}  # its workspace, from Hopper on and before, which torch allocates
 ADAM_BYTES = {"fp32": 8.0, "bf16": 4.0, "8bit": 2 + 8 / 256}
 
 
@@ -148,6 +149,9 @@ def _step(shape: Shape, lora: LoraSettings, T: int, gpu: bool, accumulates: bool
         forward, live.peak = live.now - before, live.now
         hidden.backward(torch.empty_like(hidden))
         backward = live.peak - before
+    if gpu:
+        hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9
+        backward += CUBLAS[hopper]
     if gpu and op == "cpu":  # the GPU's kernels keep states too, for as long as a block keeps anything
         states = -(-T // WKV_SAVED) * B * C * shape.head_size * 4
         forward += states * shape.n_layer * (t["grad_cp"] != "block")

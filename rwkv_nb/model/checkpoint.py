@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -86,23 +86,30 @@ def check_keys(weights: Mapping[str, Tensor], shape: Shape, where="") -> None:
                               where=where, fix="use a whole, unchanged base model")
 
 
-def load_model(path: str | Path, *, device="cpu", dtype: torch.dtype | None = None, quant: str = "none",
-               quant_double: bool = True, quant_head: bool = False, emb_cpu: bool = False) -> RWKV:
-    """The model in a .pth, its shape read from the file; dtype None keeps the file's.
+def load_model(path: str | Path, **how) -> RWKV:
+    """The model in a .pth, its shape read from the file; `how` as of `assemble`, whose dtype None keeps the file's.
 
-    quant: "int8" or "nf4" holds the linears of att and ffn in fewer bytes, quant_head the head in int8; each matrix is
-    quantised as it is read, so that the whole model never exists in `dtype`. emb_cpu leaves the embedding on the CPU.
     Raises CheckpointError for damaged files, versions to come, and keys that do not fit (all are named), SettingsError
     where quantising is not possible here.
     """
     weights = load_weights(path)
     shape = read_shape(weights)
     check_keys(weights, shape, where=path)
+    return assemble(shape, weights.items(), **how)
+
+
+def assemble(shape: Shape, weights: Iterable[tuple[str, Tensor]], *, device="cpu", dtype: torch.dtype | None = None,
+             quant: str = "none", quant_double: bool = True, quant_head: bool = False, emb_cpu: bool = False) -> RWKV:
+    """A model of pairs (key, tensor), taken one at a time.
+
+    quant: "int8" or "nf4" holds the linears of att and ffn in fewer bytes, quant_head the head in int8; each matrix is
+    quantised as it comes, so that the whole model never exists in `dtype`. emb_cpu leaves the embedding on the CPU.
+    """
     model = RWKV(shape, device="meta")
     if emb_cpu:
         model.emb = HostEmbedding(shape.vocab_size, shape.n_embd, device="meta")
     plain = {}
-    for key, W in weights.items():
+    for key, W in weights:
         kind = ("int8" if quant_head else "none") if key == "head.weight" else quant
         name, on = key.removesuffix(".weight"), "cpu" if emb_cpu and key == "emb.weight" else device
         if kind != "none" and isinstance(model.get_submodule(name) if name != key else None, nn.Linear):

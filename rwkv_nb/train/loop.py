@@ -157,6 +157,9 @@ class Trainer:
                         "newer base for new work")
         if t.strategy.startswith("deepspeed"):
             told.append(f"strategy {t.strategy} is not needed: one device trains alone")
+        if t.quant != "none":
+            told.append(f"the base is held in {t.quant} while it trains; merging goes into the original base, as its "
+                        "file has it")
         return [*told, *self.batches.notices(), self._disk_notice()]
 
     def heldout_loss(self) -> float:

@@ -1,4 +1,4 @@
-"""bf16 and fp16 learn what fp32 learns: the quickstart's task, three seeds."""
+"""bf16, fp16 and a quantised base learn what fp32 learns: the quickstart's task, three seeds."""
 
 import statistics
 from pathlib import Path
@@ -19,11 +19,11 @@ SAMPLES = Path(__file__).parents[2] / "data_samples"
 BASE = SAMPLES / "tiny_base.pth"
 
 
-def learn(folder, seed, precision):
+def learn(folder, seed, precision="fp32", **asked):
     """(median loss of the first half, share of held-out answers that are right)"""
     settings = replace(Settings(), load_model=str(BASE), data_file=str(SAMPLES / "quickstart_train.jsonl"), ctx_len=160,
                        micro_bsz=16, epoch_steps=400, lr_init=2e-3, lr_final=1e-4, merge=0, precision=precision,
-                       random_seed=seed)
+                       random_seed=seed, **asked)
     rows = steps(train(folder, settings).rows)
     model = apply_adapter(load_model(BASE, dtype=torch.float32), load_adapter(Run(folder).last_adapter()),
                           fingerprint(BASE))
@@ -43,3 +43,28 @@ def test_half_precision_learns_the_same(tmp_path, seed):
               f"right {half_share:.1%}")
         assert half_loss == pytest.approx(loss, rel=0.02)
         assert half_share == pytest.approx(share, abs=0.02)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_quantised_base_learns_the_same(tmp_path, seed):
+    """The adapter is scored on the original base: there it is merged."""
+    _, share = learn(tmp_path / "none", seed)
+    print(f"\nseed {seed} fp32: right {share:.1%}")
+    for quant in ("int8", "nf4"):
+        _, quantised = learn(tmp_path / quant, seed, quant=quant)
+        print(f"seed {seed} {quant}: right {quantised:.1%}")
+        assert quantised >= share - 0.02
+
+
+def test_a_quantised_base_begins_to_learn_the_same(tmp_path):
+    settings = replace(Settings(), load_model=str(BASE), data_file=str(SAMPLES / "quickstart_train.jsonl"), ctx_len=96,
+                       micro_bsz=8, epoch_steps=25, lr_init=2e-3, merge=0)
+    last = {}
+    for quant in ("none", "int8", "nf4"):
+        end = train(tmp_path / quant, replace(settings, quant=quant))
+        last[quant] = statistics.mean(row["loss"] for row in steps(end.rows)[-8:])
+        assert steps(end.rows)[0]["loss"] > 1.3 * last[quant]
+        assert any("merging goes into the original base" in notice for notice in end.notices) == (quant != "none")
+    assert last["int8"] == pytest.approx(last["none"], rel=0.01)
+    assert last["nf4"] == pytest.approx(last["none"], rel=0.05)
