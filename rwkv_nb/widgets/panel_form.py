@@ -52,12 +52,12 @@ class SettingsForm(widgets.VBox):
             self._message.value = error_html(error)
 
 
-def setting_input(field: Field, value, description_width: str = "110px") -> widgets.Widget:
+def setting_input(field: Field, value, description_width: str = "140px") -> widgets.Widget:
     """The widget that fits a field's type, choices and bounds; several words are one text with spaces."""
     text = field.metadata
     value = " ".join(value) if isinstance(value, tuple) else value
     shared = {"description": field.name, "tooltip": text["en"], "value": value,
-              "style": {"description_width": description_width}, "layout": {"width": "230px"}}
+              "style": {"description_width": description_width}, "layout": {"width": "260px", "flex": "0 0 auto"}}
     if text["choices"]:
         return widgets.Dropdown(options=text["choices"], **shared)
     low = -1e12 if text["low"] is None else text["low"]

@@ -45,7 +45,8 @@ def loss_figure(rows: Sequence[Mapping], *, title: str = "", smooth: float | Non
     """
     step, loss, lr = _columns(rows, "loss", "lr")
     changes = _changes(rows)
-    limits = _limits([*step[:1], *step[-1:], *(x for x, _ in changes)])
+    heldout = [(row["step"], row["heldout_loss"]) for row in rows if row.get("event") == "eval"]
+    limits = _limits([*step[:1], *step[-1:], *(x for x, _ in changes), *(x for x, _ in heldout)])
     labels = _place_labels(changes, limits)
     above = 0.14 + 0.17 * (1 + max((level for _, _, level, _ in labels), default=-1)) + (0.26 if title else 0.04)
     figure, (top, low) = _panels(7.6, 3.3 + above, above, ((0.0, 1.0, 0.30, 1.0), (0.0, 1.0, 0.0, 0.19)))
@@ -53,7 +54,6 @@ def loss_figure(rows: Sequence[Mapping], *, title: str = "", smooth: float | Non
         top.text(0.5, 0.5, "the first step is still to come", transform=top.transAxes, ha="center", color=TICK)
     else:
         _draw_loss(top, step, loss, smooth, COLOURS[0])
-        heldout = [(row["step"], row["heldout_loss"]) for row in rows if row.get("event") == "eval"]
         if heldout:
             top.plot(*zip(*heldout, strict=True), color=COLOURS[3], lw=1.6, marker="D", ms=4, label="held out")
         saves = [row["step"] for row in rows if row.get("event") == "save"]
