@@ -172,7 +172,8 @@ def _lines(path: Path) -> Iterator[bytes]:
         file.seek(0)
         if encoding.startswith("UTF-16"):
             try:
-                yield from (line.encode() for line in file.read().decode(encoding).removeprefix("\ufeff").splitlines())
+                text = file.read().decode(encoding).removeprefix("\ufeff")
+                yield from text.replace("\r\n", "\n").encode().split(b"\n")
             except UnicodeError as error:
                 raise DataError(f"it cannot be read as {encoding}", where=path, fix="save it as UTF-8") from error
         else:
