@@ -237,6 +237,17 @@ def cheapest_change(shape: Shape, settings: Settings, limit: int, *, gpu: bool) 
     return None
 
 
+def warning(shape: Shape, settings: Settings, name: str, limit: int, *, gpu: bool) -> str:
+    """What to say before a run that needs more than the `limit` bytes of `name`, with the cheapest change; else ""."""
+    need = estimate(shape, settings, gpu=gpu).total
+    if need <= limit:
+        return ""
+    change = cheapest_change(shape, settings, limit, gpu=gpu)
+    words = "with " + ", ".join(f"{k} {v}" for k, v in change.items()) if change else "only with a smaller base or r"
+    return (f"WARNING: this run needs about {need / 1e9:.2f} GB, and {name} has {limit / 1e9:.2f} GB; it should fit "
+            f"{words}")
+
+
 def next_smaller(shape: Shape, settings: Settings, *, gpu: bool) -> dict | None:
     """What to try after a run was out of memory: the first of `smaller` that saves 3 % or more and lets the optimizer
     keep its state."""

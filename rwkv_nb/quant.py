@@ -24,7 +24,8 @@ def bitsandbytes():
         import bitsandbytes as bnb
     except ImportError as error:
         raise SettingsError("quantising needs the package bitsandbytes, which is not installed", where="quant",
-                            fix="pip install 'rwkv_nb[quant]', or set quant to none") from error
+                            fix="pip install bitsandbytes, or set quant to none, quant_head to 0 and "
+                                "adam_state to fp32") from error
     return bnb
 
 

@@ -5,7 +5,7 @@ import torch
 
 from rwkv_nb.config import PRESETS, Settings, replace
 from rwkv_nb.lora.layers import set_dropout_step
-from rwkv_nb.memory import LiveBytes, cheapest_change, estimate, largest_micro_bsz, next_smaller, smaller
+from rwkv_nb.memory import LiveBytes, cheapest_change, estimate, largest_micro_bsz, next_smaller, smaller, warning
 from rwkv_nb.model import PUBLISHED, RWKV, Shape, init_weights, save_weights
 from rwkv_nb.runs import Run
 from rwkv_nb.train.loop import Trainer
@@ -100,6 +100,14 @@ def test_what_would_fit():
     halves = [c for c in smaller(asked, gpu=False) if "micro_bsz" in c]
     assert [c["micro_bsz"] * c["accumulate_grad_batches"] for c in halves] == [6, 6, 6]
     assert {"emb_cpu": 1} not in smaller(asked, gpu=False)
+
+
+def test_a_run_that_cannot_fit_is_warned_of():
+    asked = replace(Settings(), ctx_len=128, precision="bf16")
+    now = estimate(MID, asked).total
+    assert warning(MID, asked, "a card", now, gpu=True) == ""
+    assert warning(MID, asked, "a card", now - 1, gpu=True).endswith("it should fit with emb_cpu 1")
+    assert "smaller base" in warning(MID, asked, "a card", 10**6, gpu=True)
 
 
 def test_the_largest_micro_bsz_is_the_largest():

@@ -170,6 +170,7 @@ class TrainSession(Shrinking, Waiting):
 
     def _prepare(self) -> None:
         first = not self.ranks.rank
+        self._notices += self._memory_notices()
         self.trainer = Trainer(self.run, self.settings, self.ranks)
         saved = self.ranks.tell(self._choose_start() if first else None)
         with self._lock:

@@ -10,7 +10,8 @@ import torch
 from .. import config
 from ..config import LiveSettings
 from ..errors import TrainingError
-from ..memory import next_smaller
+from ..memory import card, next_smaller, warning
+from ..model import load_weights, read_shape
 from .checkpoint import load_checkpoint
 from .loop import Trainer
 
@@ -25,6 +26,13 @@ def out_of_memory(error: BaseException) -> bool:
 
 class Shrinking:
     """The part of TrainSession that takes a step and, where memory runs out, offers a smaller setting."""
+
+    def _memory_notices(self) -> list[str]:
+        """A warning, before anything is loaded, where a GPU's memory will not do."""
+        name, limit, gpu = card(self.settings.train.accelerator)
+        base = self.settings.train.load_model
+        told = warning(read_shape(load_weights(base)), self.settings, name, limit, gpu=gpu) if gpu and base else ""
+        return [told] if told else []
 
     def _step(self, live: LiveSettings) -> dict | None:
         """One optimizer step's row, or None where memory ran out; nothing of the step is left then."""
