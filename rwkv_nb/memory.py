@@ -29,9 +29,9 @@ from .quant import Held, QuantLinear
 from .train.loop import DTYPES
 from .train.loss import CHUNK, HEAD_ROWS, SLICE
 from .wkv import pick_op
+from .wkv.kernels import SAVE
 
 CONTEXT = 500_000_000     # what CUDA, or Python with torch, takes for itself
-WKV_SAVED = 16            # steps between two fp32 states that the GPU kernels keep for backward
 CUBLAS = {True: 2**25, False: 2**23 + 2**17}  # its workspace, from Hopper on and before, which torch allocates
 ADAM_BYTES = {"fp32": 8.0, "bf16": 4.0, "8bit": 2 + 8 / 256}
 
@@ -153,7 +153,7 @@ def _step(shape: Shape, lora: LoraSettings, T: int, gpu: bool, accumulates: bool
         hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9
         backward += CUBLAS[hopper]
     if gpu and op == "cpu":  # the GPU's kernels keep states too, for as long as a block keeps anything
-        states = -(-T // WKV_SAVED) * B * C * shape.head_size * 4
+        states = -(-T // SAVE) * B * C * shape.head_size * 4
         forward += states * shape.n_layer * (t["grad_cp"] != "block")
         backward += states * (1 if t["grad_cp"] == "block" else shape.n_layer)
     return {"weights": weights, "lora": trained, "forward": forward, "backward": backward}
