@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from rwkv_nb.cli import main
-from rwkv_nb.config import Settings, leaf_fields
+from rwkv_nb.cli import flags_of, main, parse
+from rwkv_nb.config import PRESETS, Settings, leaf_fields, replace
+from rwkv_nb.errors import SettingsError
 from rwkv_nb.lora.adapter import load_adapter
 from rwkv_nb.model import load_weights
 from rwkv_nb.runs import Run
@@ -68,3 +69,12 @@ def test_mistakes_are_answered_with_the_mend(tmp_path, monkeypatch, capsys, argu
     assert error.startswith("error: ")
     assert said in error
     assert "Traceback" not in error
+
+
+def test_a_preset_sets_what_is_not_given_and_old_words_for_checkpointing_still_do():
+    flags = flags_of(parse(["train", "--preset", "small", "--emb_cpu", "0", "--grad_cp", "1"]))
+    assert flags == PRESETS["small"] | {"emb_cpu": 0, "grad_cp": "block"}
+    assert flags_of(parse(["train", "--grad_cp", "0"])) == {"grad_cp": "none"}
+    assert replace(Settings(), grad_cp=1) == replace(Settings(), grad_cp="block")
+    with pytest.raises(SettingsError, match="grad_cp"):
+        replace(Settings(), grad_cp=2)
