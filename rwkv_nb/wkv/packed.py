@@ -5,9 +5,11 @@ Axes: B batch, T time, H heads, N head size.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -17,21 +19,17 @@ def by_text(form: Callable, starts: Tensor, inputs: dict[str, Tensor]) -> Tensor
     starts: bool [B,T], where a text begins; each row begins with one. Texts of like length run side by side, so
     that little is computed behind the end of the shorter ones. What is computed there is not used.
     """
-    B, T = starts.shape
     first = starts.flatten().nonzero()[:, 0]
-    sizes = torch.diff(first, append=first.new_tensor([B * T]))
-    likes, outputs, places = (sizes - 0.5).log2().ceil(), [], []
-    for like in likes.unique():
-        mine = likes == like
-        at = torch.arange(sizes[mine].max(), device=starts.device)
-        place, own = first[mine, None] + at, at < sizes[mine, None]
-        index = place.clamp(max=B * T - 1)
-        y, _ = form(*(_gathered(x, index) if x.dim() == 4 else x for x in inputs.values()), None)
-        outputs.append(y[own])
-        places.append(place[own])
-    return torch.cat(outputs).index_select(0, torch.cat(places).argsort()).unflatten(0, (B, T))
-
-
-def _gathered(x: Tensor, index: Tensor) -> Tensor:
-    """x [B,T,H,N], index [n,longest] into B·T → [n,longest,H,N]."""
-    return x.flatten(0, 1).index_select(0, index.flatten()).unflatten(0, index.shape)
+    sizes = torch.diff(first, append=first.new_tensor([starts.numel()])).tolist()
+    # split, pad and stack: their gradients are slices, several times faster on a CPU than those of a gather
+    parts = {name: x.flatten(0, 1).split(sizes) for name, x in inputs.items() if x.dim() == 4}
+    outputs, like = [None] * len(sizes), defaultdict(list)
+    for i, size in enumerate(sizes):
+        like[(size - 1).bit_length()].append(i)
+    for mine in like.values():
+        longest = max(sizes[i] for i in mine)
+        y, _ = form(*(torch.stack([F.pad(parts[name][i], (0, 0, 0, 0, 0, longest - sizes[i])) for i in mine])
+                      if name in parts else x for name, x in inputs.items()), None)
+        for i, row in zip(mine, y, strict=True):
+            outputs[i] = row[:sizes[i]]
+    return torch.cat(outputs).unflatten(0, starts.shape)
