@@ -123,7 +123,7 @@ print(max(seen) - before, len(seen))
 
 
 def test_the_whole_model_is_never_in_memory(tmp_path):
-    C, F, L = 768, 3072, 10
+    C, F, L = 768, 3072, 12
     with torch.device("meta"):
         model = RWKV(Shape(L, C, 257, 16, 16, 16, 16, F), dtype=torch.bfloat16)
     path, some = tmp_path / "base.pth", torch.randn(C * F).bfloat16()
@@ -134,4 +134,4 @@ def test_the_whole_model_is_never_in_memory(tmp_path):
         most, samples = map(int, done.stdout.split())
         held = L * (4 * C * C + 2 * C * F) * each
         assert samples > 20
-        assert most < held + 45e6 < 0.81 * path.stat().st_size, f"{kind}: {most / 1e6:.0f} MB"
+        assert most < held + 60e6 < 0.87 * path.stat().st_size, f"{kind}: {most / 1e6:.0f} MB"
