@@ -161,5 +161,5 @@ def _median(work, device) -> float:
             torch.cuda.synchronize()
         return time.perf_counter() - start
     first = [once(), once()][-1]
-    took = sorted(once() for _ in range(max(3, min(50, int(2 / first)))))
+    took = sorted(once() for _ in range(max(3, min(50, int((2 if device == "cuda" else 0.1) / first)))))
     return round(took[len(took) // 2] * 1e3, 3)
