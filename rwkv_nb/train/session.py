@@ -327,7 +327,7 @@ class TrainSession(Shrinking, Waiting):
         self._row({"step": self.trainer.step, "event": "save", "name": files[0].name})
         self._checkpoint_at = 0.0         # the next step writes one, once its loss has shown this adapter sound
         with self._lock:
-            self._files += [f.name for f in files]
+            self._files += [f.name for f in files if f.name not in self._files]  # adapter-best is written anew
         self._answer(1.0)
         self._status = "training"
 
