@@ -336,6 +336,8 @@ class TrainSession(Shrinking, Waiting):
         if not self.prompts or self.ranks.rank:
             return
         trainer = self.trainer
+        if value and self._samples and self._samples[-1].step == trainer.step:
+            return                        # the best adapter and an epoch's are one: it has just answered
         trainer.model.eval()
         with strength(trainer.model, value) if value == 0 else contextlib.nullcontext():
             answers = generate(trainer.model, trainer.tokenizer, list(self.prompts), max_tokens=self._max_tokens,
