@@ -6,7 +6,6 @@ Flags are made from the settings' fields (config.py), so that their text is writ
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import signal
 import sys
@@ -14,103 +13,96 @@ import time
 from pathlib import Path
 
 from . import __version__, compat, config
-from .config import Settings
-from .errors import RwkvNbError, SettingsError
+from .config import LoraSettings, Settings
+from .errors import RwkvNbError, SettingsError, did_you_mean
 from .runs import Run
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, but a mistyped flag is answered with the nearest right one."""
+    """argparse that raises SettingsError, and answers a mistyped flag with the nearest one of its command."""
 
     def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+        super().__init__(allow_abbrev=False, **kwargs)
 
-    def error(self, message: str):
-        if message.startswith("unrecognized arguments: "):
-            wrong = message.removeprefix("unrecognized arguments: ").partition(" ")[0].partition("=")[0]
+    def parse_known_args(self, *args, **kwargs):
+        arguments, rest = super().parse_known_args(*args, **kwargs)
+        if rest:
+            wrong = rest[0].partition("=")[0]
             if wrong in compat.ELSEWHERE:
                 raise SettingsError(f"{wrong} is not needed here", where=self.prog, fix=compat.ELSEWHERE[wrong])
-            near = difflib.get_close_matches(wrong, self._option_string_actions, 1)
             raise SettingsError(f"there is no option {wrong}", where=self.prog,
-                                fix=f"did you mean {near[0]}?" if near else f"see {self.prog} --help")
+                                fix=did_you_mean(wrong, self._option_string_actions, f"see {self.prog} --help"))
+        return arguments, rest
+
+    def error(self, message: str):
         raise SettingsError(message, where=self.prog, fix=f"see {self.prog} --help")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, or 1 with the error on stderr."""
     try:
-        arguments = parse(argv)
+        arguments = parser().parse_args(argv)
         return arguments.command(arguments) or 0
     except RwkvNbError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """A command's arguments. Raises SettingsError for what it does not know, with the nearest right name."""
-    arguments, rest = _parser().parse_known_args(argv)
-    if rest:
-        arguments.parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    return arguments
-
-
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """Every command with its flags; parse_args raises SettingsError, with the nearest right name."""
     parser = _Parser(prog="rwkv-nb", description="LoRA fine-tuning of RWKV.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="command", parser_class=_Parser)
 
-    commands.add_parser("import", help="turn RWKV-PEFT's run_lora.sh into a run's settings").set_defaults(
-        command=_import)
-    imported = commands.choices["import"]
-    imported.add_argument("script", help="the shell script; it is read, not run")
-    imported.add_argument("--proj_dir", help="the run's folder, by default the script's own proj_dir")
+    def command(name: str, do, text: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=text, description=text)
+        made.set_defaults(command=do)
+        return made
 
-    train = commands.add_parser("train", help="fine-tune a base model",
-                                description="Fine-tune. With --load_model and --data_file the flags and the defaults "
-                                            "are all there is; without them, proj_dir's settings.json is the start.")
+    train = command("train", _train, "fine-tune a base model; without --load_model and --data_file, the settings.json "
+                                     "of proj_dir is the start, and flags change it")
     for field in config.leaf_fields(Settings()):
         _add_flag(train, field)
-    train.add_argument("--peft_config", type=_peft_config, help='r, lora_alpha, lora_dropout, target_modules as JSON')
+    train.add_argument("--peft_config", type=_peft_config, help="r, lora_alpha, lora_dropout, target_modules as JSON")
     train.add_argument("--preset", choices=tuple(config.PRESETS), help="speed against memory; sets " + ", ".join(
         config.PRESETS["small"]))
     train.add_argument("--start", choices=("auto", "resume", "fresh"), default="auto",
-                       help="auto goes on from an unfinished checkpoint of the same settings")
-    train.set_defaults(command=_train, parser=train)
+                       help="auto, the default, goes on from an unfinished checkpoint of the same settings")
 
-    settings = commands.add_parser("settings", help="every setting with its default, as a table")
+    imported = command("import", _import, "turn RWKV-PEFT's run_lora.sh into a run's settings")
+    imported.add_argument("script", help="the shell script; it is read, not run")
+    imported.add_argument("--proj_dir", help="the run's folder, by default the script's own proj_dir")
+
+    settings = command("settings", _settings, "every setting with its default, as a table")
     settings.add_argument("--zh", action="store_const", const="zh", default="en", dest="language", help="中文")
-    settings.set_defaults(command=_settings, parser=settings)
 
-    merge = commands.add_parser("merge", help="put an adapter into its base: a whole model")
+    merge = command("merge", _merge, "put an adapter into its base: a whole model")
     merge.add_argument("--load_model", required=True, help="the base model, a .pth or Ai00's .st")
     merge.add_argument("--adapter", required=True, nargs="+", help="adapter-*.safetensors, a run's folder for its last "
                        "one, RWKV-PEFT's .pth, or a folder of the peft library; several are added up")
     merge.add_argument("--output", required=True, help="the merged .pth to write")
-    merge.add_argument("--strength", type=float, nargs="+", default=[1.0],
-                       help="share of the adapter, 0 to 1.5, or one for each; -1 takes it out of a merged model")
-    merge.add_argument("--lora_alpha", type=float, help="for older RWKV-PEFT's .pth, which does not say it")
-    merge.add_argument("--dtype", choices=("base", "fp16", "bf16", "fp32"), default="base", help="of the written file")
+    merge.add_argument("--strength", type=float, nargs="+", default=[1.0], help="share of the adapter, 0 to 1.5, or "
+                       "one for each (default: 1); -1 takes it out of a merged model")
+    merge.add_argument("--dtype", choices=("base", "fp16", "bf16", "fp32"), default="base",
+                       help="of the written file (default: base)")
     merge.add_argument("--other_base", action="store_true",
                        help="merge into another base of the same shape than the adapter was trained on")
-    merge.set_defaults(command=_merge, parser=merge)
 
-    export = commands.add_parser("export", help="write a model or an adapter in another program's format")
+    export = command("export", _export, "write a model or an adapter in another program's format")
     export.add_argument("--to", required=True, choices=("runner", "ai00", "peft"),
                         help="RWKV Runner's .pth, Ai00's .st (of a model, or of a LoRA alone), a folder for peft")
     export.add_argument("--input", required=True, help="a complete model, or an adapter or a run's folder for its last")
     export.add_argument("--output", required=True, help="the file to write; for peft a folder")
-    export.add_argument("--lora_alpha", type=float, help="for older RWKV-PEFT's .pth, which does not say it")
-    export.set_defaults(command=_export, parser=export)
+    for made in (merge, export):
+        made.add_argument("--lora_alpha", type=float, help="for older RWKV-PEFT's .pth, which does not say it")
 
-    get = commands.add_parser("get", help="fetch a published base model by name, such as rwkv7-g1-0.1b")
+    get = command("get", _get, "fetch a published base model by name, such as rwkv7-g1-0.1b")
     get.add_argument("name", help="as on the hub, with or without the date")
-    get.add_argument("--folder", default="models", help="where it is put")
+    get.add_argument("--folder", default="models", help="where it is put (default: models)")
     get.add_argument("--endpoint", help="the hub or a mirror of it; by default HF_ENDPOINT, else huggingface.co")
-    get.set_defaults(command=_get, parser=get)
 
-    run = commands.add_parser("run", help="run all notebooks in order on the quickstart")
-    run.add_argument("--notebooks", default="notebooks", help="folder of the notebooks")
-    run.set_defaults(command=_run, parser=run)
+    run = command("run", _run, "run all notebooks in order on the quickstart")
+    run.add_argument("--notebooks", default="notebooks", help="their folder (default: notebooks)")
     return parser
 
 
@@ -126,16 +118,14 @@ def _add_flag(parser, field) -> None:
 
 
 def _peft_config(text: str) -> dict:
-    known = {*config.field_names(config.LoraSettings()), "lora_dropout"}
     try:
-        values = json.loads(text)
-    except ValueError:
+        values = dict(json.loads(text))
+    except (ValueError, TypeError):
         raise argparse.ArgumentTypeError(f"not JSON: {text!r}; quote it: '{{\"r\":32,\"lora_alpha\":64}}'") from None
-    if not isinstance(values, dict) or set(values) - known:
-        near = [n for key in values for n in difflib.get_close_matches(key, known, 1) if key not in known]
-        raise argparse.ArgumentTypeError(f"known keys: {', '.join(sorted(known))}"
-                                         + (f"; did you mean {near[0]}?" if near else ""))
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    known = [*config.field_names(LoraSettings()), "lora_dropout"]
+    for name in set(values) - set(known):
+        raise argparse.ArgumentTypeError(f"{did_you_mean(name, known)} known keys: {', '.join(known)}".lstrip())
+    return values
 
 
 def settings_from(flags: dict) -> tuple[Run, Settings]:
@@ -143,18 +133,18 @@ def settings_from(flags: dict) -> tuple[Run, Settings]:
     if not flags.get("proj_dir"):
         raise SettingsError("proj_dir is not given", where="--proj_dir", fix="name a folder for the run's files")
     run = Run(flags["proj_dir"])
-    whole = {"load_model", "data_file"} <= set(flags)
-    return run, config.replace(Settings() if whole else run.settings(), **flags)
+    start = Settings() if {"load_model", "data_file"} <= set(flags) else run.settings()
+    return run, config.replace(start, **{k: tuple(v) if isinstance(v, list) else v for k, v in flags.items()})
 
 
 def flags_of(arguments: argparse.Namespace) -> dict:
     """The settings among parsed arguments, peft_config's among them. Raises SettingsError where both say different."""
     known, lora = config.field_names(Settings()), arguments.peft_config or {}
-    flags = {name: tuple(value) if isinstance(value, list) else value
-             for name, value in vars(arguments).items() if name in known}
-    if twice := [name for name in lora if flags.get(name, lora[name]) != lora[name]]:
-        raise SettingsError(f"{twice[0]} is {flags[twice[0]]} and, in peft_config, {lora[twice[0]]}", where=twice[0],
-                            fix="give it once")
+    flags = {name: value for name, value in vars(arguments).items() if name in known}
+    for name in lora:
+        if flags.get(name, lora[name]) != lora[name]:
+            raise SettingsError(f"{name} is {flags[name]} and, in peft_config, {lora[name]}", where=name,
+                                fix="give it once")
     return config.PRESETS.get(arguments.preset, {}) | flags | lora
 
 
@@ -169,7 +159,7 @@ def _settings(arguments) -> int:
 
 
 def _import(arguments) -> int:
-    flags = flags_of(parse(["train", *compat.read_script(arguments.script)]))
+    flags = flags_of(parser().parse_args(["train", *compat.read_script(arguments.script)]))
     run, settings = settings_from(flags | ({"proj_dir": arguments.proj_dir} if arguments.proj_dir else {}))
     config.check_together(settings)
     run.save_settings(settings)

@@ -7,13 +7,12 @@ documentation are made from it. Names are the tutorial's own (`--micro_bsz`, `--
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import SettingsError
+from .errors import SettingsError, did_you_mean
 
 
 def _option(default: Any, en: str, zh: str, *, unit: str = "", choices: tuple = (), low=None, high=None,
@@ -235,10 +234,9 @@ def check(settings) -> None:
         if not _has_type_of(f.default, value):
             raise SettingsError(f"{f.name} is {value!r}", where=f.name, fix=f"give it a value like {f.default!r}")
         if rule.get("choices") and value not in rule["choices"]:
-            near = difflib.get_close_matches(str(value), map(str, rule["choices"]), 1)
+            near = did_you_mean(value, rule["choices"])
             raise SettingsError(f"{f.name} cannot be {value!r}", where=f.name,
-                                fix=f"use one of {', '.join(map(str, rule['choices']))}"
-                                    + (f"; did you mean {near[0]}?" if near else ""))
+                                fix=f"use one of {', '.join(map(str, rule['choices']))}{near and '; '}{near}")
         for bound, wrong in (("low", lambda v, b: v < b), ("high", lambda v, b: v > b)):
             limit = rule.get(bound)
             if limit is not None and wrong(value, limit):
@@ -263,9 +261,8 @@ def replace(settings, **changes):
     known = field_names(settings)
     for name in changes:
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
             raise SettingsError(f"there is no setting {name!r}", where=name,
-                                fix=f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}")
+                                fix=did_you_mean(name, known, f"known: {', '.join(known)}"))
     new = _replaced(settings, changes)
     check(new)
     return new

@@ -1,5 +1,10 @@
 """One family of errors: each says what is wrong, where, and what to do about it."""
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 
 class RwkvNbError(Exception):
     """Base of every error that this library raises on purpose.
@@ -43,3 +48,9 @@ class RunError(RwkvNbError):
 
 class TrainingError(RwkvNbError):
     """Training that had to stop, such as a loss that is not a number."""
+
+
+def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:
+    """A fix for a mistyped word: the nearest known one, or `otherwise` where none is near."""
+    near = difflib.get_close_matches(str(word), list(map(str, known)), 1, 0.5)
+    return f"did you mean {near[0]}?" if near else otherwise

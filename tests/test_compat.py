@@ -2,7 +2,7 @@
 
 import pytest
 
-from rwkv_nb.cli import _parser, main
+from rwkv_nb.cli import main, parser
 from rwkv_nb.compat import read_script
 from rwkv_nb.config import replace
 from rwkv_nb.errors import SettingsError
@@ -61,7 +61,7 @@ def test_the_appendix_imports_and_trains(tmp_path, script, capsys):
 def test_the_appendix_s_own_arguments_are_all_known(script):
     arguments = read_script(script)
     arguments[arguments.index("cpu")] = "gpu"
-    assert vars(_parser().parse_args(["train", *arguments]))["accelerator"] == "gpu"
+    assert vars(parser().parse_args(["train", *arguments]))["accelerator"] == "gpu"
 
 
 @pytest.mark.parametrize("text, said", [

@@ -57,7 +57,7 @@ def test_a_value_outside_bounds_choices_or_type_is_refused_by_name(name):
 
 
 def test_nearest_right_name_and_choice_are_offered():
-    with pytest.raises(SettingsError, match="did you mean 'micro_bsz'"):
+    with pytest.raises(SettingsError, match="did you mean micro_bsz"):
         replace(Settings(), micro_bzs=2)
     with pytest.raises(SettingsError, match="did you mean binidx"):
         replace(Settings(), data_type="bin_idx")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..config import DataSettings
-from ..errors import DataError
+from ..errors import DataError, did_you_mean
 from .binidx import BinIdx, Slices, check_ids
 from .chat import Template, loss_mask, mask_template
 from .jsonl import Found, Problem, encode, good, read_jsonl, row_writer, scan_jsonl, scan_table, scan_text
@@ -163,8 +162,9 @@ def find_data_file(path: str | Path, data_type: str = "auto") -> DataFile:
     if data_type == "sft" and path.suffix not in SUFFIXES["sft"]:
         return DataFile(path, "sft")
     if not fitting:
+        here = [p.name for p in path.parent.glob("*")]
         raise DataError("there is no such data file" + ("" if data_type == "auto" else f" of type {data_type}"),
-                        where=path, fix=_nearest(path))
+                        where=path, fix=did_you_mean(path.name, here, "check the name and the folder"))
     if len(fitting) > 1:
         names = ", ".join(f.path.name for f in fitting)
         return fitting[0]._replace(notice=f"{names} all fit {path.name!r}: {fitting[0].path.name} is read; "
@@ -181,9 +181,3 @@ def _kind(path: Path, data_type: str) -> str | None:
         raise DataError(f"this is a {by_suffix[0]} file, data_type says {data_type}", where=path,
                         fix="set data_type to auto")
     return data_type
-
-
-def _nearest(path: Path) -> str:
-    here = [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, here, 1, cutoff=0.4)
-    return f"did you mean {near[0]}?" if near else "check the name; .jsonl or .bin/.idx files can be read"

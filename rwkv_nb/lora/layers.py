@@ -10,7 +10,6 @@ Source: Hu et al. 2021, arXiv 2106.09685; initial values as in Hugging Face peft
 from __future__ import annotations
 
 import contextlib
-import difflib
 import hashlib
 import math
 from collections.abc import Iterable, Iterator
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import LoraSettings
-from ..errors import SettingsError
+from ..errors import SettingsError, did_you_mean
 from ..quant import frozen_product
 from .parts import train_parts, trained_parts
 
@@ -125,10 +124,8 @@ def matching(targets: Iterable[str], linears: Iterable[str]) -> list[str]:
     ends = endings(linears)
     for target in targets:
         if not any(fits(name, target) for name in linears):
-            near = difflib.get_close_matches(target, [*ends, *linears], 2, 0.4)
             raise SettingsError(f"no linear layer's name ends with {target!r}", where="target_modules",
-                                fix=(f"did you mean {' or '.join(near)}? " if near else "")
-                                + f"linear layers here: {', '.join(ends) or 'none'}")
+                                fix=f"{did_you_mean(target, [*ends, *linears])} there are {', '.join(ends)}".lstrip())
     return [name for name in linears if any(fits(name, target) for target in targets)]
 
 

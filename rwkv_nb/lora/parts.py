@@ -6,13 +6,12 @@ a copy in the base's dtype.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import SettingsError
+from ..errors import SettingsError, did_you_mean
 
 
 class TrainedPart:
@@ -44,9 +43,8 @@ def train_parts(model: nn.Module, wanted: Iterable[str], taken: Iterable[str]) -
     for text in wanted:
         if not any(text in name for name in parameters):
             ends = sorted({part for name in parameters for part in name.split(".")} - set(map(str, range(1000))))
-            near = difflib.get_close_matches(text, ends, 2, 0.4)
             raise SettingsError(f"no parameter without an adapter has {text!r} in its name", where="train_parts",
-                                fix=f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(ends)}")
+                                fix=did_you_mean(text, ends, f"there are {', '.join(ends)}"))
     return {name: TrainedPart(p) for name, p in parameters.items() if any(text in name for text in wanted)}
 
 

@@ -59,6 +59,8 @@ class StrengthSlider(widgets.VBox):
     def _write(self, request: int) -> None:
         """Write the answer to the newest request; an older one ends at its next token."""
         with self._lock:
+            if request != self._request:  # the newest may have had its turn first: the model is its asker's again
+                return
             text, painted, value = "", time.monotonic(), self.slider.value
             try:
                 with strength(self._model, value):

@@ -1,5 +1,7 @@
 """The strength slider answers what generate answers at that strength; the score picture can be drawn."""
 
+import threading
+
 import pytest
 from lora_files import make_adapter
 
@@ -8,7 +10,7 @@ from rwkv_nb.evaluate import Judgement
 from rwkv_nb.generate import generate
 from rwkv_nb.lora.layers import lora_layers, strength
 from rwkv_nb.lora.merge import merge
-from rwkv_nb.tokenizer import get_tokenizer
+from rwkv_nb.tokenizer import ByteTokenizer, get_tokenizer
 from rwkv_nb.widgets.merge import Bar, StrengthSlider, score_figure
 from rwkv_nb.widgets.plots import png
 
@@ -41,6 +43,26 @@ def test_the_last_of_many_changes_wins(model):
         expected, = generate(model, BYTES, [prompt("two <b>")], max_tokens=60)
     assert written == expected.strip()
     assert "strength 0.4" in slider.answer.value
+
+
+def test_a_change_that_another_has_overtaken_leaves_the_model_alone(model):
+    asked_by = set()
+
+    class Watched(ByteTokenizer):
+        def encode(self, text):
+            asked_by.add(threading.current_thread())
+            return super().encode(text)
+
+    slider = StrengthSlider(model, Watched(), "one", max_tokens=4)
+    slider.join()
+    asked_by.clear()
+    with slider._lock:      # all of them wait for the model, and take their turns in any order
+        for value in (0.2, 0.9, 0.4):
+            slider.slider.value = value
+        waiting = [thread for thread in threading.enumerate() if thread.name == "rwkv_nb answer"]
+    for thread in waiting:
+        thread.join()
+    assert len(waiting) == 3 and asked_by == {slider._thread}
 
 
 def test_an_error_is_shown_in_place_of_the_answer(model):

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from rwkv_nb.cli import flags_of, main, parse
+from rwkv_nb.cli import flags_of, main, parser
 from rwkv_nb.config import PRESETS, Settings, leaf_fields, replace
 from rwkv_nb.errors import SettingsError
 from rwkv_nb.lora.adapter import load_adapter
@@ -60,6 +60,8 @@ def test_the_table_of_settings_says_each_in_both_languages(capsys, language, fla
     (["train", "--peft_config", "{r:8}"], "not JSON"),
     (["train", "--load_model", "a.pth"], "proj_dir is not given"),
     (["train", "--load_model", "no.pth", "--data_file", "no", "--proj_dir", "x"], "no such file"),
+    (["train", "--peft_config", "[8]"], "not JSON"),
+    (["import", "run_lora.sh", "--proj_dri", "x"], "did you mean --proj_dir"),
     (["trian"], "train"),
 ])
 def test_mistakes_are_answered_with_the_mend(tmp_path, monkeypatch, capsys, arguments, said):
@@ -72,9 +74,9 @@ def test_mistakes_are_answered_with_the_mend(tmp_path, monkeypatch, capsys, argu
 
 
 def test_a_preset_sets_what_is_not_given_and_old_words_for_checkpointing_still_do():
-    flags = flags_of(parse(["train", "--preset", "small", "--emb_cpu", "0", "--grad_cp", "1"]))
+    flags = flags_of(parser().parse_args(["train", "--preset", "small", "--emb_cpu", "0", "--grad_cp", "1"]))
     assert flags == PRESETS["small"] | {"emb_cpu": 0, "grad_cp": "block"}
-    assert flags_of(parse(["train", "--grad_cp", "0"])) == {"grad_cp": "none"}
+    assert flags_of(parser().parse_args(["train", "--grad_cp", "0"])) == {"grad_cp": "none"}
     assert replace(Settings(), grad_cp=1) == replace(Settings(), grad_cp="block")
     with pytest.raises(SettingsError, match="grad_cp"):
         replace(Settings(), grad_cp=2)
