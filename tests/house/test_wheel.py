@@ -28,7 +28,8 @@ print("built and right")
 
 
 def run(*command, **variables):
-    done = subprocess.run(command, cwd=variables.pop("cwd"), env=os.environ | variables, capture_output=True, text=True)
+    own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}   # it would lead to the checkout
+    done = subprocess.run(command, cwd=variables.pop("cwd"), env=own | variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
