@@ -209,7 +209,8 @@ def _progress(now) -> str:
 
 
 def _merge(arguments) -> int:
-    from .lora.merge import DTYPES, merge
+    from .lora.merge import merge
+    from .model import DTYPES
 
     strength = arguments.strength if len(arguments.strength) > 1 else arguments.strength[0]
     proof = merge(arguments.load_model, [_adapter(path) for path in arguments.adapter], arguments.output,

@@ -24,10 +24,9 @@ from torch.utils._pytree import tree_flatten
 from . import config
 from .config import LoraSettings, Settings
 from .lora.layers import adapter_parameters, attach, set_dropout_step
-from .model import RWKV, Shape
+from .loss import CHUNK, HEAD_ROWS, SLICE
+from .model import DTYPES, RWKV, Shape
 from .quant import Held, QuantLinear
-from .train.loop import DTYPES
-from .train.loss import CHUNK, HEAD_ROWS, SLICE
 from .wkv import pick_op
 from .wkv.kernels import SAVE
 
@@ -177,7 +176,7 @@ class _Sizes(Held):
 
 
 def _loss_bytes(shape: Shape, T: int, t: dict, gpu: bool) -> int:
-    """What train.loss needs beside the hidden states: their copy and gradient, logits of some rows, fp32 copies."""
+    """What head_loss needs beside the hidden states: their copy and gradient, logits of some rows, fp32 copies."""
     V, C, itemsize = shape.vocab_size, shape.n_embd, DTYPES[t["precision"]].itemsize
     tokens = t["micro_bsz"] * T
     rows = min(CHUNK, tokens)

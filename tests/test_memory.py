@@ -5,11 +5,11 @@ import torch
 
 from rwkv_nb.config import PRESETS, Settings, replace
 from rwkv_nb.lora.layers import set_dropout_step
+from rwkv_nb.loss import head_loss
 from rwkv_nb.memory import LiveBytes, cheapest_change, estimate, largest_micro_bsz, next_smaller, smaller, warning
 from rwkv_nb.model import PUBLISHED, RWKV, Shape, init_weights, save_weights
 from rwkv_nb.runs import Run
 from rwkv_nb.train.loop import Trainer
-from rwkv_nb.train.loss import head_loss
 
 MID = Shape(5, 256, 2048, 32, 32, 32, 32, 1024)
 V6 = Shape(3, 128, 512, 16, 0, 0, 0, 448, version="x060", rank_mix=16)

@@ -20,7 +20,6 @@ from .adapter import Adapter, apply_adapter, check_adapter, combine, load_adapte
 # Largest logit difference that counts as rounding: a part of what the adapter does, and a part of the largest logit
 # for the arithmetic of the comparison itself (fp32, or the file's own dtype for a large model).
 OF_EFFECT, OF_LOGIT = 0.1, {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 IN_FP32 = 200_000_000        # parameters up to which the comparison is done in fp32
 
 

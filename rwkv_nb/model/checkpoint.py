@@ -20,6 +20,7 @@ from .shape import Shape, read_shape
 from .streaming import Change, Progress, WatchedFile, parked
 
 SAFETENSORS = (".st", ".safetensors")
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by precision
 
 
 def load_weights(path: str | Path) -> dict[str, Tensor]:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..data.batches import Batch
+from ..loss import head_loss
 from ..model import State
-from .loss import head_loss
 
 
 def backward_by_chunks(model, batch: Batch, n_trained: int, chunk: int, *, truncated: bool, scale: float,

@@ -31,19 +31,18 @@ from ..lora.adapter import adapter_tensors, save_adapter, set_adapter_tensors
 from ..lora.layers import adapter_parameters, attach, set_dropout_step
 from ..lora.merge import merge
 from ..lora.parts import trained_parts
-from ..model import Shape, fingerprint, load_model
+from ..loss import head_loss
+from ..model import DTYPES, Shape, fingerprint, load_model
 from ..runs import Run
 from ..tokenizer import get_tokenizer
 from ..wkv import pick_op
 from .checkpoint import Checkpoint
 from .infctx import backward_by_chunks
 from .log import Logs
-from .loss import head_loss
 from .optimizer import make_optimizer
 from .ranks import Ranks
 from .schedule import learning_rate
 
-DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LARGEST_SCALE, SCALE_UP_AFTER = 2.0**16, 500  # fp16: the loss scale's start, and good steps before it is doubled
 SPIKE_WINDOW, MOST_SKIPS = 50, 10
 _NOT_A_NUMBER = ("the last checkpoint is good: resume with a lower lr_init or a smaller grad_clip; "

@@ -16,10 +16,10 @@ import torch
 
 from rwkv_nb.config import PRESETS, replace
 from rwkv_nb.lora.layers import adapter_parameters, attach, set_dropout_step
+from rwkv_nb.loss import head_loss
 from rwkv_nb.memory import CONTEXT, LiveBytes, estimate
 from rwkv_nb.model import PUBLISHED, PUBLISHED_OLDER, Shape
 from rwkv_nb.model.checkpoint import assemble
-from rwkv_nb.train.loss import head_loss
 from rwkv_nb.train.optimizer import make_optimizer
 from rwkv_nb.widgets.memory import QUANTS, TUTORIAL, TUTORIAL_SETTINGS
 from rwkv_nb.wkv import pick_op

@@ -10,9 +10,9 @@ import torch
 
 from rwkv_nb.config import LoraSettings
 from rwkv_nb.lora.layers import adapter_parameters, attach
+from rwkv_nb.loss import head_loss
 from rwkv_nb.model.rwkv import RWKV
 from rwkv_nb.model.shape import PUBLISHED, PUBLISHED_OLDER, Shape
-from rwkv_nb.train.loss import head_loss
 from rwkv_nb.wkv import pick_op
 
 SIZES = ("0.1B", "0.4B", "1.5B", "2.9B", "v6 1.6B", "v6 3B")

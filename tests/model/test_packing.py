@@ -8,10 +8,10 @@ import torch
 from rwkv_nb.config import Settings, replace
 from rwkv_nb.data.batches import Batches
 from rwkv_nb.data.sources import open_documents
+from rwkv_nb.loss import head_loss
 from rwkv_nb.runs import Run
 from rwkv_nb.tokenizer import get_tokenizer
 from rwkv_nb.train.loop import Trainer
-from rwkv_nb.train.loss import head_loss
 from rwkv_nb.wkv import OPS, wkv5, wkv6, wkv7
 
 

@@ -9,11 +9,11 @@ from rwkv_nb.config import check_together, replace
 from rwkv_nb.data.batches import Batch
 from rwkv_nb.errors import SettingsError
 from rwkv_nb.lora.layers import adapter_parameters, attach, set_dropout_step
+from rwkv_nb.loss import head_loss
 from rwkv_nb.model import load_model
 from rwkv_nb.runs import Run
 from rwkv_nb.train.infctx import backward_by_chunks
 from rwkv_nb.train.loop import Trainer
-from rwkv_nb.train.loss import head_loss
 
 
 @pytest.fixture

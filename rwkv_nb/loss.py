@@ -13,8 +13,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..model.parts import Linear
-from ..quant import QuantLinear
+from .model.parts import Linear
+from .quant import QuantLinear
 
 MAX_LOGIT = 1e-4
 CHUNK = 128        # tokens whose logits are made at once

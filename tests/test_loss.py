@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from rwkv_nb.loss import HEAD_ROWS, SLICE, head_loss
 from rwkv_nb.quant import Held, QuantLinear
-from rwkv_nb.train.loss import HEAD_ROWS, SLICE, head_loss
 
 
 def plain_loss(hidden, head, targets, mask, n_trained):
