@@ -6,7 +6,6 @@ import html
 import importlib.metadata
 import os
 import platform
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from typing import NamedTuple
 import torch
 from packaging.requirements import Requirement
 
+from .runs import free_bytes
 from .wkv import compiler_info, self_test
 from .wkv.nvcc import find_nvcc
 
@@ -108,7 +108,7 @@ def _memory(least: float) -> Finding:
 
 
 def _disk(folder: Path, least: float) -> Finding:
-    free = shutil.disk_usage(folder).free / 1e9
+    free = free_bytes(folder) / 1e9
     return Finding("Disk", f"{free:.1f} GB free in this folder",
                    "" if free >= least else f"make room: {least:g} GB should be free, real models need more")
 

@@ -16,6 +16,7 @@ from . import __version__, compat, config
 from .config import LoraSettings, Settings
 from .errors import RwkvNbError, SettingsError, did_you_mean
 from .runs import Run
+from .words import duration_text
 
 
 class _Parser(argparse.ArgumentParser):
@@ -202,7 +203,7 @@ def _progress(now) -> str:
     steps = [row for row in now.rows if "loss" in row]
     if not steps:
         return now.status
-    left = "" if now.seconds_left is None else f" · {now.seconds_left:.0f} s left"
+    left = "" if now.seconds_left is None else f" · {duration_text(now.seconds_left)} left"
     last = steps[-1]
     return (f"step {now.step}/{now.total_steps} · loss {last['loss']:.4f} · lr {last['lr']:.2e} · "
             f"{last['tokens_per_s']:.0f} tokens/s{left}  ")

@@ -7,12 +7,13 @@ import difflib
 import hashlib
 import io
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from .errors import CheckpointError
+from .runs import check_disk
+from .words import bytes_text
 
 # Where each family lies, and the files that its names stood for when this was written; newer ones are found as well.
 REPOSITORIES = {"rwkv7-": "BlinkDL/rwkv7-g1", "rwkv-x070": "BlinkDL/rwkv-7-world",
@@ -79,13 +80,10 @@ def get(name: str, folder: str | Path = "models", *, endpoint: str | None = None
 
     found, folder = find(name, endpoint=endpoint), Path(folder)
     path = folder / Path(found.file).name
-    say(f"{found.file}: {found.size / 1e9:.2f} GB, from {found.repository} into {folder}")
+    say(f"{found.file}: {bytes_text(found.size)}, from {found.repository} into {folder}")
     if not (path.is_file() and path.stat().st_size == found.size):
         folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder).free
-        if found.size > free:
-            raise CheckpointError(f"it needs {found.size / 1e9:.2f} GB and {free / 1e9:.2f} GB are free", where=folder,
-                                  fix="free some disk space or choose another folder")
+        check_disk(found.size, path)
         part = path.with_name(f"{path.name}.part")
         try:
             with open(part, "ab") as file:

@@ -7,23 +7,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import re
+import os
 import shutil
 import signal
 import sys
+import textwrap
 import time
-from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
 import nbformat
 from jupyter_client.kernelspec import KernelSpecManager
-from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 
 from .errors import RunError
 from .runs import Run, write_text
+from .words import duration_text
 
 PRODUCTS = {
     "settings.json": "the settings",
@@ -37,7 +37,6 @@ PRODUCTS = {
     "score.png": "the same as a picture",
     "notebooks/*.ipynb": "the notebooks as they ran",
 }
-COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def run_notebooks(folder: str | Path = "notebooks", run_folder: str | Path | None = None,
@@ -58,10 +57,12 @@ def run_notebooks(folder: str | Path = "notebooks", run_folder: str | Path | Non
     began = time.monotonic()
     for i, path in enumerate(notebooks, 1):
         print(f"[{i}/{len(notebooks)}] {path.stem}", flush=True)
-        if not asyncio.run(_Execution(path, run).run()):
+        if not asyncio.run(_Execution(path, run).execute()):
             return 1
-    print(f"\nAll {len(notebooks)} notebooks ran in {_clock(time.monotonic() - began)}. What they made:")
-    _print_products(run)
+    print(f"\nAll {len(notebooks)} notebooks ran in {duration_text(time.monotonic() - began)}. What they made:")
+    for pattern, meaning in PRODUCTS.items():
+        for path in sorted(run.folder.glob(pattern)):
+            print(f"  {os.path.relpath(path)}  ({meaning})")
     return 0
 
 
@@ -70,157 +71,88 @@ def _set_aside(run: Run) -> None:
     if not run.folder.exists():
         return
     with run.lock():
-        made = [p for p in run.folder.iterdir() if p.name != ".lock"]
-        if not made:
+        if not (made := [p for p in run.folder.iterdir() if p.name != ".lock"]):
             return
         date = datetime.fromtimestamp(max(p.stat().st_mtime for p in made))
-        kept = run.folder.with_name(f"{run.name}-{date:%Y-%m-%d-%H%M%S}")
-        run.folder.rename(kept)
-    print(f"An earlier run was here; it is kept in {_near(kept)}\n", flush=True)
+        kept = run.folder.rename(run.folder.with_name(f"{run.name}-{date:%Y-%m-%d-%H%M%S}"))
+    print(f"An earlier run was here; it is kept in {os.path.relpath(kept)}\n", flush=True)
 
 
 class _Execution:
-    """One notebook on its way through a kernel of this environment."""
+    """One notebook on its way through a kernel of this environment, with a line on the terminal that says where it is;
+    in a file or pipe, with a line every 15 seconds."""
 
     def __init__(self, path: Path, run: Run):
-        self.path, self.run_folder, self.progress = path, run, _Progress()
+        self.path, self.run, self.copy = path, run, run.folder / "notebooks" / path.name
         self.notebook = nbformat.read(path, as_version=4)
         code = [i for i, cell in enumerate(self.notebook.cells) if cell.cell_type == "code" and cell.source.strip()]
         self.numbers = {index: number for number, index in enumerate(code, 1)}   # as a person counts: code cells
-        self.number, self.cell, self.stopped = 0, None, False
-        # Without folders to search, "python3" is this environment's Python, whatever kernels the user has installed.
-        self.kernel = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
+        self.number, self.cell, self.began, self.told = 0, None, 0.0, time.monotonic()
         self.client = NotebookClient(
-            self.notebook, km=self.kernel, timeout=None, store_widget_state=False, record_timing=False,
-            extra_arguments=["--log-level=CRITICAL"], resources={"metadata": {"path": str(path.parent)}},
+            self.notebook, kernel_name="python3", timeout=None, store_widget_state=False, record_timing=False,
+            shutdown_kernel="immediate", extra_arguments=["--log-level=CRITICAL"],
+            resources={"metadata": {"path": str(path.parent)}},
             on_cell_execute=self._cell_begins, on_cell_executed=self._cell_ended)
+        # Without folders to search, "python3" is this environment's Python, whatever kernels the user has installed.
+        self.client.create_kernel_manager().kernel_spec_manager = KernelSpecManager(kernel_dirs=[])
 
-    async def run(self) -> bool:
+    async def execute(self) -> bool:
         """Execute, save what ran, say how it went; True when every cell ran."""
         self.task, ticker, began = asyncio.current_task(), asyncio.create_task(self._tick()), time.monotonic()
         try:
             await self.client.async_execute()
-            self.progress.line(f"done in {_clock(time.monotonic() - began)}")
+            self._say(f"done in {duration_text(time.monotonic() - began)}", keep=True)
             return True
         except (CellExecutionError, DeadKernelError) as error:
-            self.progress.line("stopped" if self.stopped else "failed")
-            self._print_failure(error)
+            self._explain(error)
             return False
         finally:
             ticker.cancel()
-            self._save()
-            if self.kernel.has_kernel:
-                await self.kernel.shutdown_kernel(now=True)
+            write_text(self.copy, nbformat.writes(self.notebook) + "\n")
 
     def _cell_begins(self, cell, cell_index, **_) -> None:
         # In nbclient's own handler's place, which makes Ctrl-C look like a kernel that died by itself.
-        asyncio.get_running_loop().add_signal_handler(signal.SIGINT, self._stop)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGINT, self.task.cancel)
         if cell_index in self.numbers:
-            self.number, self.cell, self.cell_began = self.numbers[cell_index], cell, time.monotonic()
-            self.progress.live(self._describe(), at_once=True)
-
-    def _stop(self) -> None:
-        self.stopped = True
-        self.task.cancel()
+            self.number, self.cell, self.began = self.numbers[cell_index], cell, time.monotonic()
 
     def _cell_ended(self, cell_index, **_) -> None:
-        if cell_index in self.numbers and time.monotonic() - self.cell_began >= 5:
-            self.progress.line(self._describe())
+        if cell_index in self.numbers and time.monotonic() - self.began >= 5:
+            self._say(self._where(), keep=True)
 
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(1)
             if self.cell is not None:
-                self.progress.live(self._describe())
+                self._say(self._where())
 
-    def _describe(self) -> str:
-        """The cell that runs, for how long, and its latest sign of life."""
-        seconds = time.monotonic() - self.cell_began
-        sign = self._training() or _last_printed(self.cell)
-        return f"cell {self.number}/{len(self.numbers)} · {_clock(seconds)}" + (f" · {sign}" if sign else "")
+    def _say(self, text: str, *, keep: bool = False) -> None:
+        if sys.stdout.isatty():
+            print(f"\r\x1b[K      {text[:shutil.get_terminal_size().columns - 8]}", end="\n" * keep, flush=True)
+        elif keep or time.monotonic() - self.told > 15:
+            self.told = time.monotonic()
+            print(f"      {text}", flush=True)
 
-    def _training(self) -> str:
-        """The newest row of metrics.jsonl, if it was written while this cell runs."""
-        with contextlib.suppress(OSError):
-            file = self.run_folder.metrics_file
-            if time.time() - file.stat().st_mtime < time.monotonic() - self.cell_began:
-                rows = [row for row in self.run_folder.metrics() if "loss" in row]
-                epochs = self.run_folder.settings().train.epoch_count
-                return f"training: step {rows[-1]['step']} · epoch {rows[-1]['epoch']:.2f} of {epochs} · " \
-                       f"loss {rows[-1]['loss']:.4f}" if rows else ""
-        return ""
+    def _where(self) -> str:
+        """The cell that runs, for how long, and its latest sign of life: the training's step, or what it printed."""
+        seconds, sign = time.monotonic() - self.began, ""
+        for output in self.cell.get("outputs", ()):
+            if output.output_type == "stream":
+                sign = output.text.strip().rpartition("\n")[2] or sign
+        with contextlib.suppress(OSError, IndexError):
+            if time.time() - self.run.metrics_file.stat().st_mtime < seconds:   # written while this cell runs
+                row = [row for row in self.run.metrics() if "loss" in row][-1]
+                sign = (f"training: step {row['step']} · epoch {row['epoch']:.2f} of "
+                        f"{self.run.settings().train.epoch_count} · loss {row['loss']:.4f}")
+        return " · ".join(filter(None, (f"cell {self.number}/{len(self.numbers)}", duration_text(seconds), sign)))
 
-    @property
-    def _copy(self) -> Path:
-        return self.run_folder.folder / "notebooks" / self.path.name
-
-    def _save(self) -> None:
-        write_text(self._copy, nbformat.writes(self.notebook) + "\n")
-
-    def _print_failure(self, error: Exception) -> None:
+    def _explain(self, error: Exception) -> None:
         """Notebook, cell number, the cell itself and its error."""
-        source = "\n".join(f"    {line}" for line in self.cell.source.splitlines())
-        if self.stopped:
-            reason = "stopped by Ctrl-C"
-        elif isinstance(error, CellExecutionError):
-            reason = f"{error.ename}: {error.evalue}"
-        else:
-            reason = "its kernel died (out of memory is the usual reason)"
-        print(f"\n{self.path.name}, code cell {self.number} of {len(self.numbers)}:\n\n{source}\n\n"
-              f"{COLOUR.sub('', reason)}\n\n"
-              f"The cells above it ran; they and the whole traceback are in {_near(self._copy)}\n"
+        stopped = self.task.cancelling()
+        self._say("stopped" if stopped else "failed", keep=True)
+        reason = f"{error.ename}: {error.evalue}" if isinstance(error, CellExecutionError) else \
+            "stopped by Ctrl-C" if stopped else "its kernel died (out of memory is the usual reason)"
+        print(f"\n{self.path.name}, code cell {self.number} of {len(self.numbers)}:\n\n"
+              f"{textwrap.indent(self.cell.source if self.cell else '', '    ')}\n\n{reason}\n\n"
+              f"The cells above it ran; they and the whole traceback are in {os.path.relpath(self.copy)}\n"
               "To try again cell by cell: make lab", file=sys.stderr, flush=True)
-
-
-class _Progress:
-    """One live line on a terminal; in a file or pipe, a line every 15 seconds."""
-
-    def __init__(self):
-        self.tty, self.last = sys.stdout.isatty(), time.monotonic()
-
-    def live(self, text: str, at_once: bool = False) -> None:
-        if self.tty:
-            print(f"\r\x1b[K      {text[:shutil.get_terminal_size().columns - 8]}", end="", flush=True)
-        elif not at_once and time.monotonic() - self.last > 15:
-            self.line(text)
-
-    def line(self, text: str) -> None:
-        self.last = time.monotonic()
-        print(("\r\x1b[K" if self.tty else "") + f"      {text}", flush=True)
-
-
-def _last_printed(cell) -> str:
-    """The last line that a running cell printed."""
-    printed = [line for output in cell.get("outputs", []) if output.output_type == "stream"
-               for line in output.text.splitlines() if line.strip()]
-    return printed[-1].strip() if printed else ""
-
-
-def _print_products(run: Run) -> None:
-    for pattern, meaning in PRODUCTS.items():
-        for path in sorted(run.folder.glob(pattern)):
-            print(f"  {_near(path)}  ({meaning})")
-
-
-def _clock(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
-
-
-def _near(path: Path) -> str:
-    """The path as one would type it from here, if it lies below."""
-    path = path.resolve()
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """python -m rwkv_nb.notebook_runner [FOLDER]"""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    try:
-        return run_notebooks(*arguments[:1])
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from . import config
 from .errors import RunError, SettingsError
+from .words import bytes_text
 
 _FAILED_WRITES = ("inline_container", "PytorchStreamWriter", "I/O error")  # torch's and safetensors' own words
 
@@ -42,6 +43,18 @@ def atomic_path(target: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def free_bytes(path: Path) -> int:
+    """What the disk still takes where `path` is, or will be."""
+    return shutil.disk_usage(next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())).free
+
+
+def check_disk(need: int, target: Path) -> None:
+    """Raise RunError unless `need` bytes are free where `target` is to be; an old file stays until then."""
+    if need > (free := free_bytes(target)):
+        raise RunError(f"it needs {bytes_text(need)} and {bytes_text(free)} are free", where=target,
+                       fix="free some disk space or choose another folder")
 
 
 def write_text(target: Path, text: str) -> None:

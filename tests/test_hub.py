@@ -79,7 +79,7 @@ def test_the_newest_of_a_name_with_its_size_first_and_checked(server, tmp_path):
     path = hub.get("rwkv7-g1-0.1b", tmp_path / "models", endpoint=server.endpoint, say=said.append,
                    progress=lambda done, total: seen.append((done, total)))
     assert path == tmp_path / "models" / NEW and path.read_bytes() == server.files[NEW]
-    assert said[0].startswith(f"{NEW}: 0.00 GB, from BlinkDL/rwkv7-g1") and said[-1].endswith("checked")
+    assert said[0].startswith(f"{NEW}: 3 MB, from BlinkDL/rwkv7-g1") and said[-1].endswith("checked")
     assert seen[-1] == (3_000_000, 3_000_000)
     assert hub.find(OLD, endpoint=server.endpoint).size == 3
     server.asked.clear()
@@ -128,14 +128,14 @@ def test_the_command_and_the_mirror_setting(server, tmp_path):
                           env=os.environ | {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(tmp_path / "home")},
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / NEW).read_bytes() == server.files[NEW] and "0.00 GB" in done.stdout
+    assert (tmp_path / NEW).read_bytes() == server.files[NEW] and "3 MB" in done.stdout
 
 
 def test_the_drop_down_says_the_size_and_fetches(server, tmp_path):
     chooser = BaseChooser(tmp_path, endpoint=server.endpoint)
     name, size, get, bar = chooser.children[0].children
     assert list(name.options) == list(hub.KNOWN) and name.value == "rwkv7-g1-0.1b"
-    assert (size.click(), chooser.join())[1] is None and chooser.said.value == f"{NEW}: 0.00 GB"
+    assert (size.click(), chooser.join())[1] is None and chooser.said.value == f"{NEW}: 3 MB"
     assert (get.click(), chooser.join())[1] == tmp_path / NEW
     assert bar.value == 1 and "checked" in chooser.said.value
     name.value = "llama"

@@ -65,6 +65,12 @@ def test_a_folder_that_cannot_be_made_is_said(tmp_path):
         runs.write_text(tmp_path / "file" / "below.txt", "x")
 
 
+def test_what_the_disk_cannot_hold_is_refused_before_it_is_written(tmp_path):
+    runs.check_disk(1, tmp_path / "not there yet" / "a.pth")
+    with pytest.raises(RunError, match="needs 8796093 GB and .* are free"):
+        runs.check_disk(8_796_093 * 10**9, tmp_path / "a.pth")
+
+
 @given(st.text())
 def test_text_is_written_as_it_is(tmp_path_factory, text):
     path = tmp_path_factory.mktemp("run") / "a.txt"

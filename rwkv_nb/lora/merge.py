@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from ..errors import RunError, SettingsError
 from ..model import fingerprint, load_model, load_weights, read_shape, save_weights
 from ..model.checkpoint import check_keys
 from ..model.streaming import Progress, cast
+from ..runs import check_disk
 from .adapter import Adapter, apply_adapter, check_adapter, combine, load_adapter
 
 # Largest logit difference that counts as rounding: a part of what the adapter does, and a part of the largest logit
@@ -111,14 +111,6 @@ def _bytes(weights: dict[str, Tensor], adapter: Adapter, dtype: torch.dtype | No
     changed = _changed(adapter)
     return sum(v.numel() * (dtype or v.dtype).itemsize * (1 + (key in changed or dtype not in (None, v.dtype)))
                for key, v in weights.items())
-
-
-def check_disk(need: int, out_path: Path) -> None:
-    """Raise RunError unless `need` bytes are free where out_path is to be; an old file stays until then."""
-    free = shutil.disk_usage(next(parent for parent in out_path.absolute().parents if parent.exists())).free
-    if need > free:
-        raise RunError(f"the merged model needs {need / 1e9:.2f} GB and {free / 1e9:.2f} GB are free", where=out_path,
-                       fix="free some disk space or choose another folder")
 
 
 def _prove(base_path: Path, weights: dict[str, Tensor], adapter: Adapter, out_path: Path, dtype: torch.dtype | None

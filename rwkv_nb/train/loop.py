@@ -11,7 +11,6 @@ import importlib.metadata
 import math
 import platform
 import resource
-import shutil
 import statistics
 import time
 from collections import deque
@@ -33,9 +32,10 @@ from ..lora.merge import merge
 from ..lora.parts import trained_parts
 from ..loss import head_loss
 from ..model import DTYPES, Shape, fingerprint, load_model
-from ..runs import Run
+from ..runs import Run, free_bytes
 from ..tokenizer import get_tokenizer
 from ..wkv import pick_op
+from ..words import bytes_text
 from .checkpoint import Checkpoint
 from .infctx import backward_by_chunks
 from .log import Logs
@@ -180,10 +180,9 @@ class Trainer:
         need = saves * adapter + 3 * adapter  # the checkpoint: adapter and AdamW's two averages
         if t.merge:
             need += saves * Path(t.load_model).stat().st_size
-        self.run.folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(self.run.folder).free
-        text = (f"disk: {saves} adapters of {adapter / 1e6:.1f} MB" + (", each with a merged model," if t.merge else "")
-                + f" need {need / 1e9:.2f} GB; {free / 1e9:.1f} GB are free")
+        free = free_bytes(self.run.folder)
+        text = (f"disk: {saves} adapters of {bytes_text(adapter)}" + (", each with a merged model," if t.merge else "")
+                + f" need {bytes_text(need)}; {bytes_text(free)} are free")
         return f"WARNING {text}: save less often (epoch_save) or set merge to 0" if need > free else text
 
     def train_step(self, live: LiveSettings, before_update: Callable[[], None] = lambda: None) -> dict:

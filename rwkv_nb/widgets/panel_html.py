@@ -11,6 +11,7 @@ from html import escape
 
 from ..errors import RwkvNbError
 from ..train.session import Sample, Snapshot
+from ..words import bytes_text, duration_text
 
 LINE = "1px solid rgba(128,128,128,.35)"
 STATUS = {  # status: (colour of the badge, what it means)
@@ -46,7 +47,7 @@ def figures_html(snapshot: Snapshot, epoch_count: int) -> str:
              *(("held-out loss", f"{last['heldout_loss']:.4f}") for last in heldout),
              ("learning rate", f"{row['lr']:.2e}" if row else "–"),
              ("tokens/s", f"{row['tokens_per_s']:,.0f}" if row else "–"),
-             ("peak memory", memory_text(row["peak_memory_mb"]) if row else "–"),
+             ("peak memory", bytes_text(row["peak_memory_mb"] * 1e6) if row else "–"),
              ("time left", "–" if seconds is None else duration_text(seconds))]
     cells = (f'<div style="min-width:5.2em"><div style="opacity:.65;font-size:.85em">{caption}</div>'
              f'<div style="font-weight:600;font-variant-numeric:tabular-nums">{escape(value)}</div></div>'
@@ -102,18 +103,3 @@ def command_html(command: str) -> str:
     return ('<details><summary style="cursor:pointer">the same run as a shell command</summary>'
             '<pre style="user-select:all;white-space:pre-wrap;overflow-wrap:anywhere;padding:8px 12px;margin:6px 0;'
             f'border:{LINE};line-height:1.5">{escape(command)}</pre></details>')
-
-
-def duration_text(seconds: float) -> str:
-    """8 s, 3 min 20 s, 2 h 05 min."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60} min {seconds % 60:02d} s"
-    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
-
-
-def memory_text(megabytes: float) -> str:
-    """512 MB, 3.4 GB."""
-    return f"{megabytes:.0f} MB" if megabytes < 1000 else f"{megabytes / 1000:.1f} GB"

@@ -8,6 +8,7 @@ from pathlib import Path
 import ipywidgets as W
 
 from ..hub import KNOWN, find, get
+from ..words import bytes_text
 from .merge import Bar
 from .panel_html import error_html
 
@@ -50,7 +51,7 @@ class BaseChooser(W.VBox):
 
     def _size(self) -> None:
         found = find(self.name.value, endpoint=self._endpoint)
-        self.said.value = f"{found.file}: {found.size / 1e9:.2f} GB"
+        self.said.value = f"{found.file}: {bytes_text(found.size)}"
 
     def _get(self) -> None:
         self.bar.value = 0

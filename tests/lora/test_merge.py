@@ -13,7 +13,7 @@ from lora_files import LORA, TARGETS, make_adapter, make_base
 from rwkv_nb import config
 from rwkv_nb.errors import AdapterError, CheckpointError, RunError, SettingsError
 from rwkv_nb.lora.layers import set_strength
-from rwkv_nb.lora.merge import check_disk, merge
+from rwkv_nb.lora.merge import merge
 from rwkv_nb.model import load_model, load_weights, read_shape, save_weights
 
 PACKAGE = """
@@ -87,8 +87,6 @@ def test_nothing_is_written_where_something_is_wrong(lively, tmp_path):
         merge(other, adapter, other)
     with pytest.raises(SettingsError, match="nan"):
         merge(lively, adapter, out, strength=float("nan"))
-    with pytest.raises(RunError, match=r"needs 8796\.09 GB"):
-        check_disk(2**43, out)
     assert out.read_bytes() == b"what was there before" and not list(tmp_path.glob("*.tmp"))
     assert merge(other, adapter, out, allow_other_base=True).ok
 

@@ -115,12 +115,6 @@ def test_samples_are_newest_first_and_escaped():
     assert "<script>" not in text and "答" in text
 
 
-@pytest.mark.parametrize("seconds, text", [(0.4, "0 s"), (59.6, "1 min 00 s"), (200, "3 min 20 s"),
-                                           (7500, "2 h 05 min")])
-def test_durations_read_like_speech(seconds, text):
-    assert panel_html.duration_text(seconds) == text
-
-
 def test_every_live_setting_on_the_panel_has_its_text(panel):
     texts = {field.name: field.metadata["en"] for field in config.leaf_fields(config.LiveSettings())}
     for name, text in texts.items():
