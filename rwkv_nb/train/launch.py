@@ -16,6 +16,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Sequence
@@ -36,8 +37,15 @@ SECONDS = 0.2   # between two looks at control.jsonl, and at least between two w
 
 
 def session_for(run: Run | str, settings: Settings | None = None, **options) -> TrainSession | LaunchedSession:
-    """The session that fits the settings: in this process for one device, in processes of their own for more."""
+    """The session that fits the settings: in this process for one device, in processes of their own for more.
+
+    A run that is at work already is followed: a notebook's cell that runs again shows the same training once more.
+    """
     run = run if isinstance(run, Run) else Run(run)
+    here = [thread.session for thread in threading.enumerate() if hasattr(thread, "session")]
+    for session in here if options.get("start", "auto") == "auto" else ():
+        if session.run.folder.resolve() == run.folder.resolve() and not session.snapshot().done:
+            return session
     settings = settings or run.settings()
     many = settings.train.devices * settings.train.num_nodes > 1
     if many:

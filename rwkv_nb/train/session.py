@@ -71,6 +71,7 @@ class TrainSession(Shrinking, Waiting):
         self._checkpoint_at = 0.0
         self._seconds: deque[float] = deque(maxlen=20)
         self._thread = threading.Thread(target=self._main, name="rwkv_nb training", daemon=True)
+        self._thread.session = self       # found by whoever asks for a run that is at work in this process
 
     @classmethod
     def replay(cls, run: Run | str, into: Run | str | None = None, **options) -> TrainSession:
@@ -93,12 +94,13 @@ class TrainSession(Shrinking, Waiting):
     # -- controls: callable from any thread ----------------------------------------------------------------------
 
     def start(self) -> TrainSession:
-        """Begin on the session's own thread; returns at once. A second call is an error."""
-        if self._status != "ready":
-            raise RunError(f"this session has been started already ({self._status})", where=self.run.folder,
+        """Begin on the session's own thread; returns at once. One at work goes on; one that has ended is an error."""
+        if self._status in DONE:
+            raise RunError(f"this session has ended ({self._status})", where=self.run.folder,
                            fix="make a new TrainSession to train again")
-        self._status = "preparing"
-        self._thread.start()
+        if self._status == "ready":
+            self._status = "preparing"
+            self._thread.start()
         return self
 
     def pause(self) -> None:

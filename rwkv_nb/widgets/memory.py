@@ -13,6 +13,7 @@ from ..config import PRESETS, Settings
 from ..errors import RwkvNbError
 from ..model import Shape, load_weights, read_shape
 from ..runs import Run
+from ..words import bytes_text
 from .panel_form import SettingsForm
 from .panel_html import error_html
 from .plots import COLOURS, INK
@@ -75,12 +76,12 @@ def bar_html(told: memory.Estimate, name: str, limit: int) -> str:
         f"<span title='{part} {size / 1e9:.2f} GB' style='display:inline-block;height:18px;width:{size * scale:.2f}%;"
         f"background:{_PART_COLOURS[part]}'></span>" for part, size in told.at_peak.items())
     words = " · ".join(f"<span style='border-left:9px solid {_PART_COLOURS[part]};padding-left:4px'>{part} "
-                       f"{told.largest[part] / 1e9:.2f}</span>" for part in told.largest)
+                       f"{bytes_text(told.largest[part])}</span>" for part in told.largest)
     colour = COLOURS[1] if told.total > limit else COLOURS[2]
     return (f"<div style='font-size:13px'><b style='color:{colour}'>{told.total / 1e9:.2f} GB</b> of "
             f"{limit / 1e9:.1f} GB, {html.escape(name)}</div><div style='width:100%;white-space:nowrap;font-size:0;"
-            f"background:#eee'>{pieces}</div><div style='font-size:12px;line-height:1.6'>{words} (GB, each at its "
-            "most; the bar is the moment when all together take most)</div>")
+            f"background:#eee'>{pieces}</div><div style='font-size:12px;line-height:1.6'>{words} (each at its most; "
+            "the bar is the moment when all together take most)</div>")
 
 
 class MemoryBar(W.VBox):
@@ -92,7 +93,7 @@ class MemoryBar(W.VBox):
 
     def __init__(self, form: SettingsForm, run: Run, limit: int | None = None):
         self._form, self._run, self._limit, self._offer, self._setting = form, run, limit, {}, False
-        self._bar, self._advice = W.HTML(layout=W.Layout(width="100%")), W.HTML()
+        self._bar, self._advice = W.HTML(layout=W.Layout(width="99%")), W.HTML()
         self.apply = W.Button(description="change that", layout=W.Layout(display="none"))
         self.largest = W.Button(description="largest micro_bsz that fits", layout=W.Layout(width="auto"))
         self.preset = W.ToggleButtons(options=("as set", *PRESETS), style={"button_width": "auto"})

@@ -78,10 +78,12 @@ class TrainPanel(widgets.VBox):
             readout_format=".2e", continuous_update=False, description="lr_init",
             tooltip=fields["lr_init"].metadata["en"], style={"description_width": "initial"}, layout={"width": "350px"})
         for name in LIVE[1:]:
-            setattr(self, name, setting_input(fields[name], getattr(live, name), "initial"))
+            setattr(self, name, setting_input(fields[name], getattr(live, name)))
         for name in LIVE:
             getattr(self, name).observe(self._change, "value")
         inputs = [getattr(self, name) for name in LIVE]
+        for beside_the_slider in inputs[1:SHOWN]:
+            beside_the_slider.style.description_width, beside_the_slider.layout.width = "initial", "205px"
         more = widgets.Accordion([widgets.HBox(inputs[SHOWN:], layout=WRAPPED)], titles=("more that may change",))
         self.live = widgets.VBox([widgets.HBox(inputs[:SHOWN], layout=WRAPPED), more])
 
@@ -154,6 +156,8 @@ class TrainPanel(widgets.VBox):
         self.status.value = html.status_html(session.run.name, status)
         self.start.disabled = status != "ready"
         self.pause.disabled = self.stop.disabled = self.save.disabled = status in ("ready", "stopping", *DONE)
+        for name in LIVE:
+            getattr(self, name).disabled = now.done
         paused = session.paused and not now.done
         self.pause.description, self.pause.icon = ("Resume", "play") if paused else ("Pause", "pause")
         self.progress.max, self.progress.value = max(now.total_steps, 1), now.step

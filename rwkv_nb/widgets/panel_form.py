@@ -21,23 +21,25 @@ FIELDS = ("r", "lora_alpha", "ctx_len", "micro_bsz", "epoch_count", "epoch_steps
 class SettingsForm(widgets.VBox):
     """All settings of a run as widgets, set from its settings.json and written back at each change.
 
-    fields: the names from config.py that are in sight; the others fold out. Text and bounds come from there too.
+    language: en or zh, that of the explanations. Those in FIELDS are in sight, the others fold out. Text and bounds
+    come from config.py.
     """
 
-    def __init__(self, run: Run, fields: tuple[str, ...] = FIELDS):
-        self._run, self._message, self.inputs = run, widgets.HTML(), {}
+    def __init__(self, run: Run, language: str = "en"):
+        self._run, self._language, self._message, self.inputs = run, language, widgets.HTML(), {}
         self._known = {field.name: field for field in config.leaf_fields(Settings()) if field.name != "proj_dir"}
         values = config.values(run.settings())
         rows = {name: self._row(field, values[name]) for name, field in self._known.items()}
-        others = widgets.VBox([row for name, row in rows.items() if name not in fields])
-        super().__init__([*(rows[name] for name in fields), widgets.Accordion([others], titles=("all the others",)),
-                          self._message])
+        others = widgets.VBox([row for name, row in rows.items() if name not in FIELDS])
+        super().__init__([*(rows[name] for name in FIELDS),
+                          widgets.Accordion([others], titles=("all the others · 其他设置",)), self._message])
 
     def _row(self, field: Field, value) -> widgets.HBox:
-        made = self.inputs[field.name] = setting_input(field, value)
+        made = self.inputs[field.name] = setting_input(field, value, self._language)
         made.observe(self._write, "value")
         unit = f" [{field.metadata['unit']}]" if field.metadata["unit"] else ""
-        return widgets.HBox([made, widgets.HTML(f'<span style="opacity:.75">{field.metadata["en"]}{unit}</span>')])
+        text = field.metadata[self._language] + unit
+        return widgets.HBox([made, widgets.HTML(f'<span style="opacity:.75">{text}</span>')])
 
     def __repr__(self) -> str:
         return f"SettingsForm({self._run.name})"
@@ -52,12 +54,12 @@ class SettingsForm(widgets.VBox):
             self._message.value = error_html(error)
 
 
-def setting_input(field: Field, value, description_width: str = "140px") -> widgets.Widget:
+def setting_input(field: Field, value, language: str = "en") -> widgets.Widget:
     """The widget that fits a field's type, choices and bounds; several words are one text with spaces."""
     text = field.metadata
     value = " ".join(value) if isinstance(value, tuple) else value
-    shared = {"description": field.name, "tooltip": text["en"], "value": value,
-              "style": {"description_width": description_width}, "layout": {"width": "260px", "flex": "0 0 auto"}}
+    shared = {"description": field.name, "tooltip": text[language], "value": value,
+              "style": {"description_width": "170px"}, "layout": {"width": "290px", "flex": "0 0 auto"}}
     if text["choices"]:
         return widgets.Dropdown(options=text["choices"], **shared)
     low = -1e12 if text["low"] is None else text["low"]

@@ -60,7 +60,7 @@ def loss_figure(rows: Sequence[Mapping], *, title: str = "", smooth: float | Non
         if saves:
             top.plot(saves, np.zeros(len(saves)), ls="", marker="^", ms=6, color=COLOURS[2], label="saved",
                      transform=top.get_xaxis_transform(), clip_on=False, zorder=3)
-        top.legend(loc="upper right", frameon=False, fontsize=8)
+        top.legend(loc="upper right", framealpha=0.8, edgecolor="none", fontsize=8)
         low.plot(*_decimated(step, lr), color=COLOURS[1], lw=1.4, marker="" if len(step) > 1 else "o")
     for axes in (top, low):
         axes.set_xlim(*limits)

@@ -8,7 +8,7 @@ import torch
 from training import steps, train, until
 
 from rwkv_nb.config import check_together, replace
-from rwkv_nb.errors import SettingsError, TrainingError
+from rwkv_nb.errors import RunError, SettingsError, TrainingError
 from rwkv_nb.lora.adapter import load_adapter
 from rwkv_nb.runs import Run
 from rwkv_nb.train.launch import LaunchedSession, session_for, torchrun
@@ -57,6 +57,20 @@ def test_two_processes_equal_one_are_steered_and_go_on_as_one(tmp_path, two):
     mine, theirs = (load_adapter(Run(tmp_path / name).last_adapter()).tensors for name in ("two", "one"))
     for key in mine:
         torch.testing.assert_close(mine[key], theirs[key], rtol=1e-3, atol=1e-5)
+
+
+def test_a_run_at_work_in_this_process_is_followed(tmp_path, settings):
+    """The notebook's cell, run again while it trains, has the same session; after the end a new one."""
+    long = replace(settings, epoch_count=2000, epoch_save=2000)
+    session = session_for(tmp_path, long).start()
+    assert session_for(tmp_path / ".", long).start() is session
+    assert session_for(tmp_path / "another", long) is not session
+    assert session_for(tmp_path, long, start="fresh") is not session
+    session.stop()
+    session.join()
+    with pytest.raises(RunError, match="has ended"):
+        session.start()
+    assert session_for(tmp_path, long) is not session
 
 
 def test_a_process_that_dies_ends_the_run_and_the_checkpoint_goes_on(tmp_path, two):

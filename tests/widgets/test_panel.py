@@ -94,9 +94,11 @@ def test_what_stopped_the_training_is_shown(tmp_path, settings):
 
 def test_a_refused_request_is_shown_and_harms_nothing(panel):
     panel.start.click()
-    panel.start.click()
-    until(lambda: "started already" in panel.error.value)
+    panel.start.click()        # a second click before the button is grey
+    panel.grad_clip.value = float("nan")
+    until(lambda: "grad_clip" in panel.error.value)
     until(lambda: panel.session.snapshot().step >= 1)
+    assert panel.session.snapshot().live.grad_clip == 1
 
 
 def test_a_picture_that_fails_leaves_the_controls_alive(panel, monkeypatch):

@@ -24,10 +24,11 @@ def test_it_opens_with_what_is_written_and_writes_back(tmp_path):
 
 
 def test_bounds_and_texts_are_those_of_the_settings(tmp_path):
-    form = SettingsForm(Run(tmp_path))
+    form, chinese = SettingsForm(Run(tmp_path)), SettingsForm(Run(tmp_path), "zh")
     for field in leaf_fields(Settings()):
         if field.name != "proj_dir":
             assert form.inputs[field.name].tooltip == field.metadata["en"]
+            assert chinese.inputs[field.name].tooltip == field.metadata["zh"]
     form.inputs["r"].value = 0
     assert form.inputs["r"].value == 1
     form.inputs["lora_dropout"].value = 5
