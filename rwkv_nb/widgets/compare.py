@@ -11,6 +11,7 @@ import numpy as np
 
 from ..errors import RunError
 from ..runs import Run
+from .panel_html import rows_html
 from .plots import compare_figure, png
 
 
@@ -38,17 +39,14 @@ def summary(rows: Sequence[Mapping]) -> dict[str, float]:
 
 def summary_html(runs: Mapping[str, Sequence[Mapping]]) -> str:
     """The summaries as a table, a row a run. runs: rows of metrics.jsonl by name."""
-    style = "padding:2px 12px;text-align:right;border:0"
-    head = ("run", "steps", "loss at first", "loss at last", "tokens/s", "peak memory, MB")
-    lines = ["".join(f"<th style='{style}'>{name}</th>" for name in head)]
+    table = [("run", "steps", "loss at first", "loss at last", "tokens/s", "peak memory, MB")]
     for name, rows in runs.items():
         cells = ["no step yet", "", "", "", ""]
         if any("loss" in row for row in rows):
             formats = ("{:,}", "{:.4f}", "{:.4f}", "{:,.0f}", "{:,.0f}")
             cells = [form.format(value) for form, value in zip(formats, summary(rows).values(), strict=True)]
-        lines.append("".join(f"<td style='{style}'>{text}</td>" for text in (html.escape(name), *cells)))
-    rows_html = "".join(f"<tr style='background:none'>{line}</tr>" for line in lines)
-    return f"<div style='overflow-x:auto'><table style='font-size:13px;line-height:1.5'>{rows_html}</table></div>"
+        table.append((html.escape(name), *cells))
+    return rows_html(table)
 
 
 class ComparePanel(W.VBox):

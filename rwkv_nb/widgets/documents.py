@@ -20,7 +20,7 @@ from matplotlib.ticker import MaxNLocator
 from ..data.convert import Progress
 from ..data.estimate import Fit, fit
 from ..data.sources import Document
-from .plots import COLOURS, GRID, INK, png
+from .plots import COLOURS, INK, plain, png
 
 _TRAINED = "background:rgba(0,158,115,.25);border-bottom:2px solid rgb(0,158,115)"
 _SHOWN = "background:rgba(128,128,128,.14);border-bottom:2px solid transparent"
@@ -41,7 +41,7 @@ def length_figure(sizes: np.ndarray, ctx_len: int) -> Figure:
     sizes = np.asarray(sizes)
     edges = _edges(sizes, ctx_len)
     figure = Figure(figsize=(7.6, 2.9), facecolor="white")
-    axes = figure.add_axes((0.09, 0.19, 0.89, 0.68))
+    axes = plain(figure.add_axes((0.09, 0.19, 0.89, 0.68)), grid="y")
     fits = sizes <= ctx_len + 1  # one token more: the last one is only a target
     axes.hist([sizes[fits], sizes[~fits]], bins=edges, stacked=True, color=[COLOURS[0], COLOURS[1]])
     axes.axvline(ctx_len + 1.5, color=COLOURS[1], lw=1.6, ls="--")
@@ -54,10 +54,6 @@ def length_figure(sizes: np.ndarray, ctx_len: int) -> Figure:
                   ha="right" if ctx_len > middle else "left", va="bottom", fontsize=9, color=INK, annotation_clip=False)
     axes.set_xlabel("tokens in a document", color=INK)
     axes.set_ylabel("documents", color=INK)
-    axes.grid(color=GRID, lw=0.8, axis="y")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=8, colors=INK)
     return figure
 
 

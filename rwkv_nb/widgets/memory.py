@@ -15,8 +15,8 @@ from ..model import Shape, load_weights, read_shape
 from ..runs import Run
 from ..words import bytes_text
 from .panel_form import SettingsForm
-from .panel_html import error_html
-from .plots import COLOURS, INK
+from .panel_html import error_html, rows_html
+from .plots import COLOURS, INK, stacked_bars
 
 # GB on an RTX 4090 as RWKV's LoRA tutorial publishes them: bf16, int8, nf4; r 64, ctx_len 1024, micro_bsz 1.
 TUTORIAL = {"0.1B": (2.7, 2.5, 2.4), "0.4B": (3.4, 2.9, 2.7), "1.5B": (5.6, 4.6, 3.9), "2.9B": (8.8, 6.7, 5.7),
@@ -40,31 +40,18 @@ def table_html(sizes: Mapping[str, Shape], presets: tuple[str, ...] = ("balanced
     for name, shape in sizes.items():
         told = [f"{x:.1f}" for x in TUTORIAL.get(name, ())] or ["–"] * 3
         rows.append([name, *told, *(f"<b>{predict(shape, p, q).total / 1e9:.2f}</b>" for p in presets for q in QUANTS)])
-    cells = ["".join(f"<td style='text-align:right;padding:1px 9px;border:0'>{text}</td>" for text in row)
-             for row in (head, *rows)]
-    return ("<div style='overflow-x:auto'><table style='border-collapse:collapse;font-size:12px'>"
-            + "".join(f"<tr style='background:none'>{row}</tr>" for row in cells) + "</table></div>")
+    return rows_html([head, *rows])
 
 
 def memory_figure(sizes: Mapping[str, Shape], preset: str, quant: str) -> Figure:
     """A bar a size, its parts at the moment of the peak; a tick where the tutorial stands."""
-    height = 1.0 + 0.3 * len(sizes)
-    figure = Figure(figsize=(8.6, height), facecolor="white")
-    axes = figure.add_axes((0.1, 0.5 / height, 0.84, 1 - 1.0 / height))
-    names = list(sizes)[::-1]
-    left = [0.0] * len(names)
-    told = [predict(sizes[name], preset, quant).at_peak for name in names]
-    for part, colour in _PART_COLOURS.items():
-        widths = [parts[part] / 1e9 for parts in told]
-        axes.barh(range(len(names)), widths, left=left, color=colour, label=part, height=0.7)
-        left = [a + b for a, b in zip(left, widths, strict=True)]
-    marks = [(TUTORIAL[name][QUANTS.index(quant)], i) for i, name in enumerate(names) if name in TUTORIAL]
+    told = {name: predict(shape, preset, quant).at_peak for name, shape in sizes.items()}
+    figure, axes = stacked_bars({name: {part: n / 1e9 for part, n in parts.items()} for name, parts in told.items()},
+                                _PART_COLOURS)
+    marks = [(TUTORIAL[name][QUANTS.index(quant)], name) for name in sizes if name in TUTORIAL]
     if marks:
         axes.plot(*zip(*marks, strict=True), "|", ms=15, mew=2.5, color=INK, label="tutorial")
-    axes.set_yticks(range(len(names)), names, fontsize=9, color=INK)
     axes.set_xlabel(f"GB, preset {preset}, quant {quant}", color=INK, fontsize=9)
-    axes.tick_params(labelsize=9, colors=INK, length=0)
-    axes.spines[:].set_visible(False)
     figure.legend(loc="upper center", ncols=9, frameon=False, fontsize=8, handlelength=1, columnspacing=1)
     return figure
 

@@ -16,7 +16,7 @@ from ..generate import stream
 from ..lora.layers import strength
 from ..model import RWKV
 from .panel_html import error_html
-from .plots import COLOURS, GRID, INK
+from .plots import COLOURS, INK, plain
 
 PAINT = 0.5  # seconds between two paints of an answer that is being written
 
@@ -93,16 +93,13 @@ def score_figure(judged: Mapping[str, Judgement]) -> Figure:
     figure = Figure(figsize=(3.8 * len(rows), 1.7), facecolor="white")
     for panel, row in enumerate(rows):
         values, share = [j[row] for j in judged.values()], row % 2 == 1
-        axes = figure.add_axes(((panel + 0.22) / len(rows), 0.16, 0.7 / len(rows), 0.62))
+        axes = plain(figure.add_axes(((panel + 0.22) / len(rows), 0.16, 0.7 / len(rows), 0.62)), grid="x")
         bars = axes.barh(list(judged), values, color=[COLOURS[1], COLOURS[0]], height=0.62)
         axes.bar_label(bars, [f"{v:.0%}" if share else f"{v:.3f}" for v in values], padding=4, fontsize=9, color=INK)
         axes.set_xlim(0, 1.25 if share else 1.25 * max(values))
         axes.invert_yaxis()
         axes.set_title(titles[row], loc="left", fontsize=10, color=INK)
-        axes.grid(color=GRID, lw=0.8, axis="x")
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(labelsize=8, colors=INK, left=False)
+        axes.tick_params(left=False)
         if share:
             axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}" if value <= 1 else "")
     return figure

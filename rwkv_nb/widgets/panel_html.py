@@ -6,8 +6,9 @@ Colours are the page's own, made fainter by opacity, so that light and dark them
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from html import escape
+from itertools import chain, repeat
 
 from ..errors import RwkvNbError
 from ..train.session import Sample, Snapshot
@@ -71,6 +72,16 @@ def error_html(error: BaseException) -> str:
                     f'{f"<b>{caption}:</b> " if caption else ""}{escape(text)}</div>' for caption, text in rows if text)
     return ('<div style="border-left:4px solid #c0392b;background:rgba(192,57,43,.12);padding:8px 12px;'
             f'line-height:1.5">{lines}</div>')
+
+
+def rows_html(rows: Iterable[Sequence], sides: Iterable[str] = repeat("right")) -> str:
+    """Cells of HTML as a small table, the first row its head; sides: "left" or "right" for each column."""
+    lines = ("".join(f'<{kind} style="text-align:{side};padding:1px 9px;border:0">{text}</{kind}>'
+                     for side, text in zip(sides, row, strict=False))
+             for kind, row in zip(chain(["th"], repeat("td")), rows, strict=False))
+    return ('<div style="overflow-x:auto;white-space:nowrap"><table style="border-collapse:collapse;font-size:12px;'
+            'line-height:1.4">' + "".join(f'<tr style="background:none">{line}</tr>' for line in lines)
+            + "</table></div>")
 
 
 def samples_html(samples: Iterable[Sample]) -> str:

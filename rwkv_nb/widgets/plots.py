@@ -23,6 +23,7 @@ INK, GRID, TICK = "#333333", "#e3e3e3", "#7a7a7a"
 _DASHES = ("-", "--", ":", "-.")
 _MOST_POINTS = 1500    # a line has no more; beyond that, each pair of points is the least and the most of a bin
 _LABEL_LEVELS = 3      # labels of changes stand on so many levels above the plot
+_TOLD = {"pause": "paused", "skip": "skipped"}
 _CJK = ("Noto Sans CJK SC", "Source Han Sans SC", "Noto Sans SC", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei",
         "Microsoft YaHei", "SimHei", "PingFang SC", "Droid Sans Fallback")
 
@@ -37,6 +38,31 @@ def png(figure: Figure, dpi: int = 100) -> bytes:
     return out.getvalue()
 
 
+def plain(axes: Axes, grid: str = "both") -> Axes:
+    """Axes in the project's plain dress: a faint grid (along "x", "y" or both) behind the data, no frame."""
+    axes.grid(color=GRID, lw=0.8, axis=grid)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=8, colors=INK)
+    return axes
+
+
+def stacked_bars(rows: Mapping[str, Mapping[str, float]], colours: Mapping[str, str]) -> tuple[Figure, Axes]:
+    """A bar a row, from the top down, its parts side by side; colours: of each part, in order. Room for a legend."""
+    height = 1.05 + 0.32 * len(rows)
+    figure = Figure(figsize=(8.6, height), facecolor="white")
+    axes = figure.add_axes((0.11, 0.5 / height, 0.78, 1 - 0.95 / height))
+    left = np.zeros(len(rows))
+    for part, colour in colours.items():
+        widths = np.array([parts[part] for parts in rows.values()])
+        axes.barh(list(rows), widths, left=left, color=colour, label=part, height=0.72)
+        left += widths
+    axes.invert_yaxis()
+    axes.tick_params(labelsize=9, colors=INK, length=0)
+    axes.spines[:].set_visible(False)
+    return figure, axes
+
+
 def loss_figure(rows: Sequence[Mapping], *, title: str = "", smooth: float | None = None) -> Figure:
     """Loss (thin) and smoothed loss (thick) over steps, a labelled tick at each change, a mark at each save, lr below.
 
@@ -46,10 +72,11 @@ def loss_figure(rows: Sequence[Mapping], *, title: str = "", smooth: float | Non
     step, loss, lr = _columns(rows, "loss", "lr")
     changes = _changes(rows)
     heldout = [(row["step"], row["heldout_loss"]) for row in rows if row.get("event") == "eval"]
-    limits = _limits([*step[:1], *step[-1:], *(x for x, _ in changes), *(x for x, _ in heldout)])
+    at = [*step[:1], *step[-1:], *(x for x, _ in (*changes, *heldout))] or [0, 1]
+    limits = min(at) - 0.5, max(at) + max(0.5, 0.01 * (max(at) - min(at)))
     labels = _place_labels(changes, limits)
     above = 0.14 + 0.17 * (1 + max((level for _, _, level, _ in labels), default=-1)) + (0.26 if title else 0.04)
-    figure, (top, low) = _panels(7.6, 3.3 + above, above, ((0.0, 1.0, 0.30, 1.0), (0.0, 1.0, 0.0, 0.19)))
+    figure, (top, low) = _panels(7.6, 3.3 + above, above, ((0, 1, 0.30, 1), (0, 1, 0, 0.19)))
     if not len(step):
         top.text(0.5, 0.5, "the first step is still to come", transform=top.transAxes, ha="center", color=TICK)
     else:
@@ -66,7 +93,10 @@ def loss_figure(rows: Sequence[Mapping], *, title: str = "", smooth: float | Non
         axes.set_xlim(*limits)
     top.tick_params(labelbottom=False)
     top.set_ylabel("loss", color=INK)
-    _rate_axis(low)
+    low.set_ylim(bottom=0)
+    low.yaxis.set_major_formatter(lambda value, _: _value(value))
+    low.set_ylabel("lr", color=INK)
+    low.set_xlabel("optimizer step", color=INK)
     _draw_changes(top, low, labels)
     if title:
         figure.text(0.5, 1 - 0.08 / figure.get_figheight(), title, ha="center", va="top", fontsize=11, color=INK,
@@ -114,12 +144,8 @@ def _panels(width: float, height: float, above: float, boxes: Iterable[tuple]) -
     y0, y1 = 0.50 / height, 1 - above / height
     made = []
     for left, right, bottom, top in boxes:
-        axes = figure.add_axes((x0 + left * (x1 - x0), y0 + bottom * (y1 - y0),
-                                (right - left) * (x1 - x0), (top - bottom) * (y1 - y0)))
-        axes.grid(color=GRID, lw=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(labelsize=8, colors=INK)
+        axes = plain(figure.add_axes((x0 + left * (x1 - x0), y0 + bottom * (y1 - y0),
+                                      (right - left) * (x1 - x0), (top - bottom) * (y1 - y0))))
         axes.xaxis.set_major_locator(MaxNLocator(7, integer=True, min_n_ticks=1, steps=(1, 2, 5, 10)))
         axes.yaxis.set_major_locator(MaxNLocator(5 if top - bottom > 0.3 else 2, steps=(1, 2, 2.5, 5, 10)))
         made.append(axes)
@@ -150,23 +176,11 @@ def _draw_changes(top: Axes, low: Axes, labels: list[tuple]) -> None:
                          textcoords="offset points", fontsize=8, color=INK, annotation_clip=False)
 
 
-def _rate_axis(axes: Axes) -> None:
-    axes.set_ylim(bottom=0)
-    axes.yaxis.set_major_formatter(lambda value, _: _value(value))
-    axes.set_ylabel("lr", color=INK)
-    axes.set_xlabel("optimizer step", color=INK)
-
-
 def _columns(rows: Sequence[Mapping], *names: str) -> tuple[np.ndarray, ...]:
     """Step numbers and the named figures of the step rows, events left out; what is no number is left out too."""
     table = np.array([[row["step"], *(row.get(name, 0) for name in names)] for row in rows if "loss" in row], float)
     table = table.reshape(-1, 1 + len(names))
     return tuple(table[np.isfinite(table).all(1)].T)
-
-
-def _limits(steps: Sequence[float]) -> tuple[float, float]:
-    first, last = min(steps, default=0), max(steps, default=1)
-    return first - 0.5, last + max(0.5, 0.01 * (last - first))
 
 
 def _bins(n: int) -> np.ndarray:
@@ -202,12 +216,11 @@ def _changes(rows: Sequence[Mapping]) -> list[tuple[float, str]]:
     """(step, text) of each change and pause; a value changed again within one step counts once."""
     changed: dict[tuple, list] = {}
     for row in rows:
-        if row.get("event") == "change":
+        event = row.get("event")
+        if event == "change":
             changed.setdefault((row["step"], row["name"]), [row["from"], None])[1] = row["to"]
-        elif row.get("event") == "pause":
-            changed[row["step"], "paused"] = []
-        elif row.get("event") == "skip":
-            changed[row["step"], "skipped"] = []
+        elif event in _TOLD:
+            changed[row["step"], _TOLD[event]] = []
     return [(step, f"{name} {_value(values[0])} → {_value(values[1])}" if values else name)
             for (step, name), values in changed.items()]
 
@@ -216,11 +229,8 @@ def _value(value) -> str:
     """2e-4 where Python writes 0.0002 or 2e-04."""
     if not isinstance(value, float):
         return str(value)
-    text = f"{value:.3g}" if value == 0 or abs(value) >= 0.01 else f"{value:.2e}"
-    if "e" not in text:
-        return text
-    digits, power = text.split("e")
-    return f"{digits.rstrip('0').rstrip('.')}e{int(power)}"
+    return f"{value:.3g}" if value == 0 or 0.01 <= abs(value) < 1000 else \
+        np.format_float_scientific(value, precision=2, trim="-", exp_digits=1)
 
 
 def _place_labels(changes: list[tuple[float, str]], limits: tuple[float, float]) -> list[tuple[float, str, int, str]]:

@@ -20,7 +20,8 @@ from ..errors import RwkvNbError
 from ..lora.layers import adapter_parameters, attach, matching
 from ..model import RWKV, Shape
 from ..runs import Run
-from .plots import COLOURS, GRID, INK, TICK, png
+from .panel_html import rows_html
+from .plots import COLOURS, INK, TICK, plain, png, stacked_bars
 
 # Parameters of the released models as their files have them, without block 0's unused v0 v1 v2.
 KNOWN_TOTALS = {"0.1B": 191_034_624, "0.4B": 450_767_872, "1.5B": 1_527_404_544, "2.9B": 2_947_735_040,
@@ -100,14 +101,8 @@ def table_html(shape: Shape, lora: LoraSettings | None = None) -> str:
     rows, total = parts(shape, lora), shape.n_params()
     head = ("name", "shape of one", "tensors", "parameters", "share", f"LoRA, r {lora.r}" if lora else "")
     foot = ("all", "", sum(p.tensors for p in rows), f"{total:,}", "", f"{lora_params(shape, lora):,}" if lora else "")
-    lines = [[f"<b>{text}</b>" for text in head], *(_cells(part, part.params / total) for part in rows),
-             [f"<b>{text}</b>" for text in foot]]
-    sides = ("left", "left", "right", "right", "left", "right")
-    body = "".join("<tr style='background:none'>" + "".join(
-        f"<td style='text-align:{side};padding:1px 8px;border:0'>{text}</td>"
-        for side, text in zip(sides, line, strict=True)) + "</tr>" for line in lines)
-    return ("<div style='overflow-x:auto;white-space:nowrap'>"
-            f"<table style='border-collapse:collapse;font-size:12px;line-height:1.35'>{body}</table></div>")
+    return rows_html([head, *(_cells(part, part.params / total) for part in rows), [f"<b>{text}</b>" for text in foot]],
+                     ("left", "left", "right", "right", "left", "right"))
 
 
 def _cells(part: Part, share: float) -> tuple:
@@ -121,27 +116,17 @@ def _cells(part: Part, share: float) -> tuple:
 
 def share_figure(sizes: Mapping[str, Shape]) -> Figure:
     """A stacked bar for each size: which kinds of layers its parameters sit in."""
-    height = 1.05 + 0.34 * len(sizes)
-    figure = Figure(figsize=(8.6, height), facecolor="white")
-    axes = figure.add_axes((0.11, 0.5 / height, 0.77, 1 - 0.95 / height))
-    names = list(sizes)[::-1]
-    left = dict.fromkeys(names, 0.0)
-    for kind, colour in KINDS.items():
-        shares = [sum(p.params for p in parts(sizes[n]) if p.kind == kind) / sizes[n].n_params() for n in names]
-        axes.barh(range(len(names)), shares, left=list(left.values()), color=colour, label=kind, height=0.72)
-        for i, (name, share) in enumerate(zip(names, shares, strict=True)):
-            if share > 0.055:
-                axes.text(left[name] + share / 2, i, f"{share:.0%}", ha="center", va="center", fontsize=8,
-                          color="white" if kind in ("time mix", "channel mix", "head") else "black")
-            left[name] += share
-    for i, name in enumerate(names):
-        axes.text(1.01, i, short_number(sizes[name].n_params()), va="center", fontsize=9, color=INK)
-    axes.set_yticks(range(len(names)), names, fontsize=9, color=INK)
+    shares = {name: {kind: sum(p.params for p in parts(shape) if p.kind == kind) / shape.n_params() for kind in KINDS}
+              for name, shape in sizes.items()}
+    figure, axes = stacked_bars(shares, KINDS)
+    for kind, bars in zip(KINDS, axes.containers, strict=True):
+        axes.bar_label(bars, fmt=lambda share: f"{share:.0%}" if share > 0.055 else "", label_type="center", fontsize=8,
+                       color="white" if kind in ("time mix", "channel mix", "head") else "black")
+    for i, shape in enumerate(sizes.values()):
+        axes.text(1.01, i, short_number(shape.n_params()), va="center", fontsize=9, color=INK)
     axes.set_xlim(0, 1)
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
     axes.set_xlabel("share of all parameters", color=INK, fontsize=9)
-    axes.tick_params(labelsize=9, colors=INK, length=0)
-    axes.spines[:].set_visible(False)
     figure.legend(loc="upper center", ncols=6, frameon=False, fontsize=8.5, handlelength=1, columnspacing=1.4)
     return figure
 
@@ -149,7 +134,7 @@ def share_figure(sizes: Mapping[str, Shape]) -> Figure:
 def rank_figure(sizes: Mapping[str, Shape], chosen: str, lora: LoraSettings) -> Figure:
     """Parameters of an adapter over its rank, a line a size (both axes in powers of two); the chosen one is thick."""
     figure = Figure(figsize=(5.6, 3.9), facecolor="white")
-    axes = figure.add_axes((0.135, 0.13, 0.70, 0.76))
+    axes = plain(figure.add_axes((0.135, 0.13, 0.70, 0.76)))
     ranks = sorted({*RANKS, lora.r})
     for name, shape in sizes.items():
         counts = [lora_params(shape, config.replace(lora, r=r)) for r in ranks]
@@ -169,10 +154,7 @@ def rank_figure(sizes: Mapping[str, Shape], chosen: str, lora: LoraSettings) -> 
     axes.yaxis.set_major_formatter(lambda y, _: short_number(y))
     axes.set_xlabel("rank r", color=INK, fontsize=9)
     axes.set_ylabel("parameters of the adapter", color=INK, fontsize=9)
-    axes.grid(color=GRID, lw=0.8)
-    axes.tick_params(which="both", labelsize=8, colors=INK)
     axes.minorticks_off()
-    axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 
