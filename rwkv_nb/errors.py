@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class RwkvNbError(Exception):
@@ -16,10 +18,17 @@ class RwkvNbError(Exception):
 
     def __init__(self, what: str, *, where: str = "", fix: str = ""):
         self.what, self.where, self.fix = what, str(where), fix
-        parts = [f"{self.where}: {what}" if where else what]
+        said = not where or what.startswith(self.where)
+        parts = [what if said else f"{self.where}: {what}"]
         if fix:
             parts.append(f"→ {fix}")
         super().__init__("\n".join(parts))
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows in a notebook: it is about the reader's files, so no pages of this library's code."""
+        raised = traceback.extract_tb(self.__traceback__)[-1]
+        return [f"\x1b[1;31m{type(self).__name__}\x1b[0m: {self}",
+                f"\x1b[2m(raised in {Path(raised.filename).name}, line {raised.lineno}; %debug goes there)\x1b[0m"]
 
 
 class SettingsError(RwkvNbError):

@@ -162,9 +162,11 @@ def find_data_file(path: str | Path, data_type: str = "auto") -> DataFile:
     if data_type == "sft" and path.suffix not in SUFFIXES["sft"]:
         return DataFile(path, "sft")
     if not fitting:
-        here = [p.name for p in path.parent.glob("*")]
-        raise DataError("there is no such data file" + ("" if data_type == "auto" else f" of type {data_type}"),
-                        where=path, fix=did_you_mean(path.name, here, "check the name and the folder"))
+        here = [p.name for p in path.absolute().parent.glob("*") if p.is_file()]
+        raise DataError("this is a folder" if path.is_dir() else "there is no such data file"
+                        + ("" if data_type == "auto" else f" of type {data_type}"), where=path.absolute(),
+                        fix="name a file in it" if path.is_dir() else
+                        did_you_mean(path.name, here, "check the name and the folder"))
     if len(fitting) > 1:
         names = ", ".join(f.path.name for f in fitting)
         return fitting[0]._replace(notice=f"{names} all fit {path.name!r}: {fitting[0].path.name} is read; "
