@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from . import __version__, compat, config
-from .config import LoraSettings, Settings
+from .config import DataSettings, LoraSettings, Settings
 from .errors import RwkvNbError, SettingsError, did_you_mean
 from .runs import Run
 from .words import duration_text
@@ -69,6 +69,19 @@ def parser() -> argparse.ArgumentParser:
         config.PRESETS["small"]))
     train.add_argument("--start", choices=("auto", "resume", "fresh"), default="auto",
                        help="auto, the default, goes on from an unfinished checkpoint of the same settings")
+
+    check = command("check-data", _check_data, "list every problem of a data file; the exit code says if there is any")
+    convert = command("convert", _convert, "write a jsonl as the .bin and .idx that training reads from the disk")
+    for made in (check, convert):
+        made.add_argument("data_file", help="the file; its suffix may be left out")
+        for field in config.leaf_fields(DataSettings()):
+            if field.name in ("data_type", "tokenizer", "template", "ctx_len", "loss_mask", "mask_id", "sft_field",
+                              "sft_split"):
+                _add_flag(made, field)
+        made.add_argument("--load_model", help="the base, whose vocabulary makes the tokens (default: World's)")
+    check.add_argument("--mend", metavar="NEW_FILE", help="of a jsonl: write what is good, and what can be mended in "
+                       "one sure way, to this file, and check that")
+    convert.add_argument("prefix", help="PREFIX.bin and PREFIX.idx are written; interrupted, it goes on from there")
 
     imported = command("import", _import, "turn RWKV-PEFT's run_lora.sh into a run's settings")
     imported.add_argument("script", help="the shell script; it is read, not run")
@@ -135,7 +148,11 @@ def settings_from(flags: dict) -> tuple[Run, Settings]:
         raise SettingsError("proj_dir is not given", where="--proj_dir", fix="name a folder for the run's files")
     run = Run(flags["proj_dir"])
     start = Settings() if {"load_model", "data_file"} <= set(flags) else run.settings()
-    return run, config.replace(start, **{k: tuple(v) if isinstance(v, list) else v for k, v in flags.items()})
+    return run, _replaced(start, flags)
+
+
+def _replaced(settings, flags: dict):
+    return config.replace(settings, **{k: tuple(v) if isinstance(v, list) else v for k, v in flags.items()})
 
 
 def flags_of(arguments: argparse.Namespace) -> dict:
@@ -166,6 +183,38 @@ def _import(arguments) -> int:
     run.save_settings(settings)
     print(f"wrote {run.settings_file}\nopen it with RUN = {str(run.folder)!r} in notebook 03_train_lora, or run:\n"
           f"rwkv-nb train --proj_dir {run.folder}")
+    return 0
+
+
+def _data(arguments) -> tuple:
+    """The settings of the data, and the tokenizer: the base's, else World's."""
+    from .model import load_weights, read_shape
+    from .tokenizer import get_tokenizer
+
+    data = _replaced(DataSettings(), {k: v for k, v in vars(arguments).items() if hasattr(DataSettings, k)})
+    rows = read_shape(load_weights(arguments.load_model)).vocab_size if arguments.load_model else None
+    return data, get_tokenizer("world" if (data.tokenizer, rows) == ("auto", None) else data.tokenizer, rows)
+
+
+def _check_data(arguments) -> int:
+    from .data.check import check_data, mend_jsonl
+
+    data, tokenizer = _data(arguments)
+    left_out = []
+    if arguments.mend:
+        print(mended := mend_jsonl(data.data_file, arguments.mend, data))
+        data, left_out = config.replace(data, data_file=arguments.mend), mended.left_out
+    print(report := check_data(data, tokenizer))
+    return int(bool(report.problems or left_out))
+
+
+def _convert(arguments) -> int:
+    from .data.convert import jsonl_to_binidx
+
+    data, tokenizer = _data(arguments)
+    show = (lambda now: print(now, end="  \r", file=sys.stderr, flush=True)) if sys.stderr.isatty() else None
+    count = jsonl_to_binidx(data.data_file, arguments.prefix, tokenizer, show, data=data)
+    print(f"{arguments.prefix}.bin and .idx: {count:,} documents of {tokenizer.name} tokens")
     return 0
 
 

@@ -51,8 +51,9 @@ class DataSettings:
                              choices=("template", "pad", "none", "qa", "se"))
     mask_id: tuple[str, ...] = _option((), "for se: the text from which training is off, and the one from which it is "
                                        "on", "用于 se:训练关闭与开启的标记文字")
-    sft_field: tuple[str, ...] = _option(("query", "response"), "for sft: the fields to read, the answer last",
-                                         "用于 sft:读取的字段,最后一个是回答")
+    sft_field: tuple[str, ...] = _option((), "for sft: the fields to read, the answer last, like query response; none "
+                                         "named: those of jsonl", "用于 sft:读取的字段,最后一个是回答;"
+                                         "留空则与 jsonl 相同")
     sft_split: str = _option("train", "for sft: which rows, like train[:1000]", "用于 sft:使用哪些行,如 train[:1000]")
     heldout: float = _option(0.0, "share of the documents that is kept out of training", "留出不参与训练的文档比例",
                              low=0, high=0.9)

@@ -6,7 +6,6 @@ int64 byte pointers and int64 doc_idx. One item is one document here, as RWKV's 
 
 from __future__ import annotations
 
-import json
 import struct
 from array import array
 from collections.abc import Iterable, Sequence
@@ -131,17 +130,6 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray]:
                         where=path, fix=REMAKE)
     sizes = np.memmap(path, "<i4", "r", HEADER.size, (n,))
     return np.dtype(DTYPES[code]), sizes, np.memmap(path, "<i8", "r", HEADER.size + 4 * n, (n,))
-
-
-def binidx_to_jsonl(prefix: str | Path, path: str | Path, tokenizer) -> int:
-    """Write a .bin/.idx pair back as jsonl; returns how many documents. Closing 0s stand for no text."""
-    documents = BinIdx(prefix)
-    with atomic_path(Path(path)) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        for number, tokens in enumerate(documents, 1):
-            check_ids(tokens, tokenizer, f"{documents.bin_file}: document {number}")
-            text = tokenizer.decode(tokens.tolist())
-            file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-    return len(documents)
 
 
 def check_ids(tokens: np.ndarray, tokenizer, where: str) -> None:

@@ -17,6 +17,8 @@ from ..config import DataSettings
 from ..errors import DataError, SettingsError
 
 ROLES = {"human": "user", "gpt": "assistant", "function": "tool"}  # other names of the same roles
+BEFORE = {"system": ("",), "user": ("", "system", "assistant"), "input": ("user", "input"),  # role → who may precede it
+          "assistant": ("user", "input", "tool", "system", ""), "tool": ("assistant", "tool")}
 ANSWERS = {"instruction": "output", "query": "response", "prompt": "completion"}  # question → answer, by field name
 
 
@@ -136,26 +138,30 @@ def row_text(row: dict, template: Template, fields: tuple[str, ...] = ()) -> str
     DataError (`what` only) for other rows.
     """
     if not fields and "text" in row:
-        return _string(row, "text")
+        return _field(row, "text")
     if not fields and (name := next((n for n in ("messages", "conversations") if n in row), None)):
         return render(_messages(row, name), template)
     if not fields:
-        asked = next((name for name in ANSWERS if name in row and ANSWERS[name] in row), None)
-        if not asked:
-            raise DataError('there is no "text"; its fields are ' + (", ".join(map(repr, row)) or "none"))
-        fields = (asked, *(["input"] if row.get("input") else []), ANSWERS[asked])
+        asked = next((name for name in ANSWERS if name in row and ANSWERS[name] in row), "text")
+        fields = (asked, *(["input"] if row.get("input") else []), ANSWERS.get(asked, ""))  # no "text": that is told
     *asked, answer = fields
-    turns = [{"role": "input" if i else "user", "content": _string(row, name)} for i, name in enumerate(asked)]
-    return render([*turns, {"role": "assistant", "content": _string(row, answer)}], template)
+    turns = [{"role": "input" if i else "user", "content": _field(row, name)} for i, name in enumerate(asked)]
+    return render([*turns, {"role": "assistant", "content": _field(row, answer)}], template)
 
 
-def _string(row: dict, name: str) -> str:
+def _field(row: dict, name: str, of: str = "", kind: type = str, optional: bool = False):
+    """A row's or turn's own text or list; where it is optional, perhaps an empty one. `of` says whose it is."""
+    value = row.get(name)
+    if value is None and optional:
+        return kind()
     if name not in row:
-        raise DataError(f'there is no "{name}"; its fields are ' + (", ".join(map(repr, row)) or "none"))
-    value = row[name]
-    if not isinstance(value, str) or not (value if name == "text" else value.strip()):
-        kind = "empty" if isinstance(value, str) else f"a {type(value).__name__}, not a string"
-        raise DataError(f'"{name}" is {kind}')
+        raise DataError(f'there is no "{name}"; its fields are {", ".join(map(repr, row)) or "none"}'
+                        + ("" if of else " (data_type sft and sft_field choose others)"))
+    if not isinstance(value, kind):
+        what = "string" if kind is str else "list"
+        raise DataError(f'"{name}"{of} is a {type(value).__name__}, not a {what}')
+    if not (optional or value.strip()):
+        raise DataError(f'"{name}"{of} is empty')
     return value
 
 
@@ -166,7 +172,7 @@ def _messages(row: dict, name: str) -> list[dict]:
         raise DataError(f'"{name}" is not a list of {{"role": …, "content": …}}')
     turns = []
     for message in found:
-        role = str(message.get("role", message.get("from")))
+        role = str(message.get("role", message.get("from", ""))).lower()
         turns.append({"content": message.get("value")} | message | {"role": ROLES.get(role, role)})
     if row.get("tools"):
         system = turns.pop(0) if turns[0]["role"] == "system" else {"role": "system", "content": ""}
@@ -182,12 +188,10 @@ def render(turns: list[dict], template: Template) -> str:
     written, last = [], ""
     for number, turn in enumerate(turns, 1):
         role = turn["role"]
-        before = {"system": ("",), "user": ("", "system", "assistant"), "input": ("user", "input"),
-                  "assistant": ("user", "input", "tool", "system", ""), "tool": ("assistant", "tool")}.get(role, ())
-        if last not in before:
-            raise DataError(f"turn {number} is {role!r}" + (f" behind {last!r}: turns are out of order" if before else
-                            ": roles are system, user, assistant and tool"))
-        text = _assistant(turn, template, number) if role == "assistant" else _given(turn, template, number)
+        if last not in BEFORE.get(role, ()):
+            why = f" behind {last!r}: turns are out of order" if role in BEFORE else f": roles are {', '.join(BEFORE)}"
+            raise DataError(f"turn {number} is {role!r}{why}")
+        text = (_assistant if role == "assistant" else _given)(turn, template, f" of turn {number}")
         if role == "input" and role not in template.turns:
             written[-1] += "\n" + text
         elif role in template.turns:
@@ -198,37 +202,31 @@ def render(turns: list[dict], template: Template) -> str:
     return "\n\n".join(written)
 
 
-def _given(turn: dict, template: Template, number: int) -> str:
-    text = _content(turn, number, optional="tools" in turn)
-    if "tools" in turn:
-        text += "\n" + _filled(template, "tools", "\n".join(json.dumps(tool, ensure_ascii=False)
-                                                           for tool in turn["tools"]))
+def _given(turn: dict, template: Template, of: str) -> str:
+    tools = _field(turn, "tools", of, list, optional=True)
+    text = _field(turn, "content", of, optional=bool(tools))
+    if tools:
+        text += "\n" + _filled(template, "tools", "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools))
     return _one_turn(text)
 
 
-def _assistant(turn: dict, template: Template, number: int) -> str:
+def _assistant(turn: dict, template: Template, of: str) -> str:
     """An answer with its reasoning and calls. Where a blank line ends an answer there is none inside; where it does
     not, none stands before a marker."""
-    calls, reasoning = turn.get("tool_calls") or [], turn.get("reasoning_content")
-    answer = _content(turn, number, optional=bool(calls)).strip()
+    calls = _field(turn, "tool_calls", of, list, optional=True)
+    reasoning = _field(turn, "reasoning_content", of, optional=True).strip()
+    answer = _field(turn, "content", of, optional=bool(calls)).strip()
     for call in calls:
         call = json.dumps(call.get("function", call) if isinstance(call, dict) else call, ensure_ascii=False)
         answer = f"{answer}\n{_filled(template, 'call', call)}".lstrip()
-    if reasoning and isinstance(reasoning, str):
-        text = _filled(template, "think", answer, "{answer}").replace("{reasoning}", reasoning.strip())
+    if reasoning:
+        text = _filled(template, "think", answer, "{answer}").replace("{reasoning}", reasoning)
     else:
         text = answer if answer.startswith("<think>") else template.no_think.replace("{answer}", answer)
     if "\n\n" in template.stop:
         return _one_turn(text)
     markers = "|".join(map(re.escape, template.given + template.learnt))
     return re.sub(rf"(?:\r?\n\s*){{2,}}(?={markers})", "\n", text) if markers else text
-
-
-def _content(turn: dict, number: int, optional: bool) -> str:
-    text = turn.get("content") or ""
-    if not isinstance(text, str) or not (text.strip() or optional):
-        raise DataError(f'"content" of turn {number} is ' + ("not a string" if text else "empty"))
-    return text
 
 
 def _filled(template: Template, form: str, text: str, slot: str = "{}") -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import codecs
-import contextlib
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -18,10 +18,8 @@ from ..errors import DataError
 from ..runs import atomic_path
 from .binidx import check_ids
 from .chat import Template, loss_mask, mask_template
-from .jsonl import BATCH, DEFAULTS, Problem, likely_encoding, parse, python_literal, row_writer
-from .sources import find_data_file, open_tokens, scan
-
-TEXT = ("jsonl", "sft", "utf-8", "utf-16le")
+from .jsonl import DEFAULTS, Problem, encode, likely_encoding, parse, read_row, row_writer
+from .sources import TEXT, DataFile, find_data_file, open_tokens, scan
 
 
 @dataclass
@@ -29,7 +27,7 @@ class Report:
     """What check_data found. `problems` are to be mended, `notices` to be known; lengths in tokens."""
 
     path: Path
-    unit: str = "line"                              # what a problem's number counts: a line, or a document
+    unit: str = ""                                  # what a problem's number counts: "" lines, or documents
     problems: list[Problem] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)  # of the documents that can be used, the closing 0 with them
     trained: int = 0                                # tokens
@@ -38,9 +36,13 @@ class Report:
     def __str__(self) -> str:
         head = (f"{self.path.name}: {len(self.sizes)} documents, {sum(self.sizes)} tokens, {self.trained} trained · "
                 f"problems: {len(self.problems)}")
-        place = f"{self.path.name}:" if self.unit == "line" else f"{self.path.name}: document "
-        rows = [f"{place}{p.line}: {p.what}" + (f"\n    {p.text}" if p.text else "") for p in self.problems]
-        return "\n".join([head, *rows, *self.notices])
+        return "\n".join([head, *told(self.path, self.problems, self.unit), *self.notices])
+
+
+def told(path: Path, problems: Iterable[Problem], unit: str = "") -> Iterator[str]:
+    """Each problem with file and line, and the text around it below."""
+    for line, what, text in problems:
+        yield f"{path.name}:{f'{unit}{line}:' * bool(line)} {what}" + f"\n    {text}" * bool(text)
 
 
 def check_data(data: DataSettings, tokenizer) -> Report:
@@ -51,21 +53,20 @@ def check_data(data: DataSettings, tokenizer) -> Report:
     documents longer than ctx_len. Raises DataError only where there is no such file.
     """
     found, template = find_data_file(data.data_file, data.data_type), mask_template(data)
-    text = found.data_type in TEXT
-    report = Report(found.path, "line" if text else "document", notices=[found.notice] if found.notice else [])
-    if text:
-        documents = _encoded(scan(found, data), tokenizer, report)
-    else:
-        documents = _opened(lambda: open_tokens(found, data, tokenizer), report)
+    report = Report(found.path, "" if found.data_type in TEXT else " document ",
+                    notices=[found.notice] if found.notice else [])
     whole = 0
-    for number, tokens in documents:
+    for one in _tokens(found, data, tokenizer):
+        if isinstance(one, Problem):
+            report.problems.append(one)
+            continue
+        number, tokens = one
         what, mask = _wrong(tokens, tokenizer, template)
         if what:
             report.problems.append(Problem(number, what, _words(tokens, tokenizer)))
         report.sizes.append(len(tokens))
         report.trained += int(mask.sum())
         whole += bool(template.learnt and mask.all())
-    report.problems.sort(key=lambda problem: problem.line)
     over = np.array(report.sizes, dtype=np.int64) - data.ctx_len - 1
     if (over > 0).any():
         report.notices.append(f"{(over > 0).sum()} documents are longer than ctx_len {data.ctx_len}: split keeps all "
@@ -76,41 +77,28 @@ def check_data(data: DataSettings, tokenizer) -> Report:
     return report
 
 
-def _encoded(found: Iterator, tokenizer, report: Report) -> Iterator[tuple[int, np.ndarray]]:
-    """(line, tokens) of each text; problems go into the report."""
-    with _reported(report):
-        while batch := list(itertools.islice(found, BATCH)):
-            report.problems += [one for one in batch if isinstance(one, Problem)]
-            good = [one for one in batch if not isinstance(one, Problem)]
-            for (line, _), tokens in zip(good, tokenizer.encode_batch([text for _, text in good]), strict=True):
-                yield line, np.array([*tokens, 0])
-
-
-def _opened(open_them: Callable, report: Report) -> Iterator[tuple[int, np.ndarray]]:
-    with _reported(report):
-        yield from enumerate(open_them(), 1)
-
-
-@contextlib.contextmanager
-def _reported(report: Report) -> Iterator[None]:
-    """A file that cannot be read further is a problem like the others."""
+def _tokens(found: DataFile, data: DataSettings, tokenizer) -> Iterator[tuple[int, np.ndarray] | Problem]:
+    """(line or number, tokens) of each document, and the problems before that; that a file cannot be read is one."""
     try:
-        yield
+        yield from (encode(scan(found, data), tokenizer) if found.data_type in TEXT else
+                    enumerate(open_tokens(found, data, tokenizer), 1))
     except DataError as error:
-        report.problems.append(Problem(0, error.what, str(error.where)))
+        other = Path(error.where).name
+        yield Problem(0, error.what if other == found.path.name else f"{other}: {error.what}")
 
 
 def _wrong(tokens: np.ndarray, tokenizer, template: Template) -> tuple[str, np.ndarray]:
     """("" or what is wrong with a document, its loss mask)."""
     nothing = np.zeros(len(tokens), dtype=bool)
-    if not (tokens != 0).any():
-        return "the document is empty", nothing
     try:
         check_ids(tokens, tokenizer, "")
     except DataError as error:
         return error.what, nothing
+    text = b"".join(tokenizer.table[t] for t in tokens.tolist())
+    if not text.strip():
+        return "the document is empty", nothing
     mask = loss_mask(tokens, tokenizer, template)
-    if turns := _out_of_order(b"".join(tokenizer.table[t] for t in tokens.tolist()), template):
+    if turns := _out_of_order(text, template):
         return turns, mask
     return "" if mask[1:].any() else "nothing of it is trained: no turn is the model's", mask
 
@@ -134,35 +122,44 @@ def _words(tokens: np.ndarray, tokenizer) -> str:
 class Mended(NamedTuple):
     """What mend_jsonl wrote: documents; lines it changed, and lines it had to leave out, with the reasons."""
 
+    path: Path
     documents: int
     changed: list[Problem]
     left_out: list[Problem]
+
+    def __str__(self) -> str:
+        changed = (Problem(line, f"mended: {what}") for line, what, _ in self.changed)
+        left_out = (Problem(line, f"left out: {what}") for line, what, _ in self.left_out)
+        return "\n".join([f"documents in the new file: {self.documents}", *told(self.path, (*changed, *left_out))])
 
 
 def mend_jsonl(path: str | Path, target: str | Path, data: DataSettings = DEFAULTS) -> Mended:
     """Write a jsonl file's good lines, and those that can be read in one sure way, to a new file, as UTF-8.
 
-    Mended are another encoding, single or curly quotes, a comma too many and a bracket too few. A line is changed only
-    where the result is a row that can be used. Raises DataError where the target exists or nothing would be in it.
+    Mended are another encoding, single or curly quotes, a comma too many, a bracket too few, bare tabs. A line is
+    changed only where the result is a row that can be used. Raises DataError where the target exists or nothing would
+    be in it.
     """
-    path, target, write = Path(path), Path(target), row_writer(data)
+    path, target, write = find_data_file(path, "jsonl").path, Path(target), row_writer(data)
     if target.exists():
         raise DataError("this file exists already", where=target, fix="give the mended file a new name")
-    changed, left_out, kept = [], [], 0
+    mended = Mended(path, 0, [], [])
     with atomic_path(target) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
         for number, line in enumerate(_lines(path), 1):
             if not line.strip():
                 continue
             found = parse(line, write)
-            row, told = (line.decode(), "") if isinstance(found, str) else _mended(line, write)
-            if row:
-                file.write(row + "\n")
-                kept += 1
-            if told or not row:
-                (changed if row else left_out).append(Problem(number, told or found[0], found[1]))
-        if not kept:
+            row, done = (line.decode(), "") if isinstance(found, str) else _mended(line, write)
+            if not row:
+                mended.left_out.append(Problem(number, *found))
+                continue
+            file.write(row + "\n")
+            mended = mended._replace(documents=mended.documents + 1)
+            if done:
+                mended.changed.append(Problem(number, done, found[1]))
+        if not mended.documents:
             raise DataError("no line of it can be used", where=path, fix="see what check_data says of it")
-    return Mended(kept, changed, left_out)
+    return mended
 
 
 def _lines(path: Path) -> Iterator[bytes]:
@@ -181,24 +178,32 @@ def _lines(path: Path) -> Iterator[bytes]:
 
 
 _CURLY = str.maketrans("“”„‟＂", '"""""')
-_REPAIRS = (("", str), ("curly quotes made straight", lambda text: text.translate(_CURLY)),
-            ("a bracket closed", lambda text: text + "}"))
+_REPAIRS = (("", read_row), ("curly quotes made straight", lambda text: read_row(text.translate(_CURLY))),
+            ("a bracket closed", lambda text: read_row(text + "}")),
+            ("tabs and the like escaped", lambda text: json.loads(text, strict=False)),
+            ("single quotes made double", ast.literal_eval))
 
 
 def _mended(line: bytes, write: Callable) -> tuple[str, str]:
     """(the row as JSON, what was done), or ("", "")."""
-    encoding = "UTF-8"
-    with contextlib.suppress(UnicodeDecodeError):
-        line.decode()
-        encoding = ""
-    encoding = encoding and likely_encoding(line)
-    with contextlib.suppress(UnicodeDecodeError):
-        text = line.decode(encoding or "UTF-8").strip().removesuffix(",")
-        told = f"read as {encoding}" if encoding else ""
-        for done, change in (*((done, lambda t, c=change: json.loads(c(t))) for done, change in _REPAIRS),
-                             ("single quotes made double", python_literal)):
-            with contextlib.suppress(ValueError, RecursionError, DataError):
-                row = change(text)
-                write(row)
-                return json.dumps(row, ensure_ascii=False), ", ".join(filter(None, (told, done))) or "a comma taken out"
+    done = []
+    try:
+        text = line.decode()
+    except UnicodeDecodeError:
+        encoding = likely_encoding(line)
+        if not encoding.startswith(("GB", "Big5")):  # any bytes could be Windows-1252
+            return "", ""
+        text, done = line.decode(encoding), [f"read as {encoding}"]
+    bare = text.strip().removesuffix(",")
+    if bare != text.strip():
+        done.append("a comma taken out")
+    for repair, read in _REPAIRS:
+        try:
+            row = read(bare)
+            write(row)
+            return json.dumps(row, ensure_ascii=False), ", ".join([*done, *filter(None, [repair])])
+        except DataError:  # it can be read, so it is not the form that is wrong
+            break
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # literal_eval's
+            continue
     return "", ""

@@ -27,8 +27,10 @@ from ..config import DataSettings
 from ..errors import DataError, RunError
 from ..runs import atomic_path, write_text
 from ..tokenizer import get_tokenizer
+from ..words import duration_text
 from .binidx import pair, write_index
 from .jsonl import DEFAULTS, Problem, good, row_writer, scan_lines
+from .sources import find_data_file
 
 BLOCK = 4 << 20  # bytes of text in one piece of work
 SAVED = 1.0      # seconds between two notes of how far the work is
@@ -42,6 +44,10 @@ class Progress(NamedTuple):
     documents: int
     mb_per_s: float      # of this session
     seconds_left: float
+
+    def __str__(self) -> str:
+        return (f"{self.done / 1e6:,.1f} of {self.total / 1e6:,.1f} MB · {self.documents:,} documents · "
+                f"{self.mb_per_s:.1f} MB/s · {duration_text(self.seconds_left)} left")
 
 
 class Encoded(NamedTuple):
@@ -57,11 +63,11 @@ def jsonl_to_binidx(path: str | Path, prefix: str | Path, tokenizer, progress: C
     """Write a jsonl file as a .bin/.idx pair, a 0 at the end of each document; returns how many documents.
 
     Rows become text by data.template. workers 0: as many processes as there are cores and blocks; each holds a
-    tokenizer of its own (World: about 240 MB) and a few blocks, whatever the file's size. Raises DataError with file
-    and line for the first line that cannot be used; nothing is written then. Raises RunError where another process
-    writes the same pair, or the disk is full.
+    tokenizer of its own (World: about 240 MB) and a few blocks, whatever the file's size. Raises DataError where there
+    is no such file and, with its line, at the first row that cannot be used; nothing is written then. Raises RunError
+    where another process writes the same pair, or the disk is full.
     """
-    path, began = Path(path), time.monotonic()
+    path, began = find_data_file(path, "jsonl").path, time.monotonic()
     try:
         told = path.stat()
         with open(path, "rb") as file, _Part(prefix, [str(path.resolve()), told.st_size, told.st_mtime_ns,

@@ -3,15 +3,18 @@ around it."""
 
 from __future__ import annotations
 
-import ast
 import codecs
+import contextlib
 import csv
+import io
 import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 from ..config import DataSettings
 from ..errors import DataError, SettingsError
@@ -21,52 +24,43 @@ from .chat import get_template, row_text
 DEFAULTS = DataSettings()
 BATCH = 512  # documents given to the tokenizer at once
 TABLES = (".json", ".jsonl", ".csv", ".parquet")
-FIX = 'a line is one {"text": "…"}; check_data (notebook 01) lists every problem at once'
+FIX = "check_data (notebook 01), or rwkv-nb check-data, lists every problem at once"
 Found = Iterator["tuple[int, str] | Problem"]
 
 
 class Problem(NamedTuple):
-    """What is wrong with one line (counted from 1), and the text around it."""
+    """What is wrong with one line (counted from 1; 0 is the whole file), and the text around it."""
 
     line: int
     what: str
-    text: str
+    text: str = ""
 
 
-def read_jsonl(path: str | Path, data: DataSettings = DEFAULTS) -> Iterator[tuple[int, str]]:
-    """(line number, text) of each document; blank lines and a byte-order mark are passed over.
-
-    Raises DataError, with file and line, at the first line that cannot be used, and for a file without documents.
-    """
-    return good(scan_jsonl(Path(path), row_writer(data)), path)
+EMPTY = Problem(0, "the file holds no document: it is empty")
 
 
 def good(found: Found, path: str | Path) -> Iterator[tuple[int, str]]:
     """Documents as they come. Raises DataError at the first problem."""
     for one in found:
         if isinstance(one, Problem):
-            raise DataError(f"{one.what}\n    {one.text}" if one.text else one.what, where=f"{path}:{one.line}",
-                            fix=FIX)
+            raise DataError(f"{one.what}\n    {one.text}" if one.text else one.what,
+                            where=f"{path}:{one.line}" if one.line else path, fix=FIX)
         yield one
 
 
-def encode(texts: Iterable[tuple[int, str]], tokenizer, progress: Callable[[int], None] | None = None
-           ) -> Iterator[list[int]]:
-    """Tokens of each document, a 0 at the end of each. `progress` is told how many are done, now and then."""
-    texts, done = iter(texts), 0
-    while batch := [text for _, text in itertools.islice(texts, BATCH)]:
-        for tokens in tokenizer.encode_batch(batch):
-            yield [*tokens, 0]
-        done += len(batch)
-        if progress:
-            progress(done)
+def encode(found: Found, tokenizer) -> Iterator[tuple[int, np.ndarray] | Problem]:
+    """(line, tokens int [T] with a 0 at the end) of each document, in order; problems as they are."""
+    while batch := list(itertools.islice(found, BATCH)):
+        encoded = iter(tokenizer.encode_batch([one[1] for one in batch if not isinstance(one, Problem)]))
+        for one in batch:
+            yield one if isinstance(one, Problem) else (one[0], np.array([*next(encoded), 0]))
 
 
 def row_writer(data: DataSettings) -> Callable[[object], str]:
     """From a row to its text, by the settings' template; raises DataError (`what` only) for a row that has none."""
     template = get_template(data.template)
     fields = data.sft_field if data.data_type == "sft" else ()
-    if data.data_type == "sft" and len(fields) < 2:
+    if len(fields) == 1:
         raise SettingsError(f"sft_field is {fields!r}", where="sft_field", fix="name two fields: query response")
 
     def write(row) -> str:
@@ -81,15 +75,28 @@ def row_writer(data: DataSettings) -> Callable[[object], str]:
     return write
 
 
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"the file cannot be read ({error.strerror})", where=path,
+                        fix="check its name, and that you may read it") from error
+
+
 def scan_jsonl(path: Path, write: Callable[[object], str]) -> Found:
     """Each document or problem of a file, in order; that it holds none of either is a problem too."""
-    try:
-        with open(path, "rb") as file:
+    with _readable(path), open(path, "rb") as file:
+        head = file.read(4000)
+        file.seek(0)
+        if (likely := likely_encoding(head)).startswith("UTF-16"):
+            yield Problem(0, f"the file is {likely}: save it as UTF-8")
+        elif re.match(rb"\s*\[\s*\{", head.removeprefix(codecs.BOM_UTF8)):
+            yield Problem(0, "the file is one JSON list, not a row a line: rename it to .json")
+        else:
             found = scan_lines(file, write)
-            yield next(found, Problem(1, "the file holds no document: it is empty", ""))
+            yield next(found, EMPTY)
             yield from found
-    except OSError as error:
-        raise DataError(f"the file cannot be read ({error.strerror})", where=path, fix="check its name") from error
 
 
 def scan_lines(lines: Iterable[bytes], write: Callable[[object], str]) -> Found:
@@ -104,28 +111,42 @@ def scan_lines(lines: Iterable[bytes], write: Callable[[object], str]) -> Found:
 def parse(line: bytes, write: Callable[[object], str]) -> str | tuple[str, str]:
     """A line's text, or (what is wrong, the text around it)."""
     try:
-        return write(json.loads(line.decode("utf-8")))
+        return write(read_row(line.decode()))
     except DataError as error:
         return error.what, around(line, 0)
     except UnicodeDecodeError as error:
-        likely = likely_encoding(line)
-        text, before = (part.decode(likely, "replace").encode() for part in (line, line[:error.start]))
-        return (f"byte {error.start + 1} is not UTF-8 ({likely} perhaps): save the file as UTF-8",
-                around(text, len(before)))
+        return undecodable(line, error.start)
     except json.JSONDecodeError as error:
-        at = len(error.doc[:error.pos].encode("utf-8"))
+        at = len(error.doc[:error.pos].encode())
         return f"this is not JSON: {error.msg}, column {error.colno}{quotes(error.doc)}", around(line, at)
     except (ValueError, RecursionError) as error:
         return f"this is not JSON that can be read: {error}", around(line, 0)
 
 
+def _row(fields: list[tuple[str, object]]) -> dict:
+    row = dict(fields)
+    if len(row) < len(fields):
+        raise DataError(f"a field stands twice among {', '.join(repr(name) for name, _ in fields)}")
+    return row
+
+
+read_row = json.JSONDecoder(object_pairs_hook=_row).decode  # json.loads would keep the last of equal fields in silence
+
+
 def quotes(text: str) -> str:
     """A hint where the quotes around names and values are the wrong ones; else ""."""
-    if re.match(r"\s*\{\s*'", text):
-        return "; JSON needs double quotes (\"), not single ones (')"
-    if re.match(r"\s*\{\s*[“”„‟«＂]", text):
-        return '; JSON needs straight quotes ("), not curly ones (“”)'
-    return ""
+    hints = ("'", "double quotes (\"), not single ones (')"), ("[“”„‟«＂]", 'straight quotes ("), not curly ones (“”)')
+    return next((f"; JSON needs {told}" for quote, told in hints if re.match(rf"\s*\{{\s*{quote}", text)), "")
+
+
+def undecodable(data: bytes, at: int, encoding: str = "utf-8") -> tuple[str, str]:
+    """(what is wrong with byte `at`, the text around it in the encoding that the data probably is in)."""
+    start = data.rfind(b"\n", 0, at) + 1
+    line = data[start:].partition(b"\n")[0]
+    likely = likely_encoding(line) if encoding == "utf-8" else "UTF-8"
+    text, before = (part.decode(likely, "replace").encode() for part in (line, line[:at - start]))
+    what = f"byte {at + 1} is not {encoding.upper()} ({likely} perhaps): save the file as UTF-8"
+    return what, around(text, len(before))
 
 
 def likely_encoding(data: bytes) -> str:
@@ -136,13 +157,10 @@ def likely_encoding(data: bytes) -> str:
     if data.count(0) * 4 > len(data):
         return "UTF-16LE" if data[1::2].count(0) >= data[::2].count(0) else "UTF-16BE"
     for name, common in (("GB18030", "gb2312"), ("Big5", "big5")):
-        try:
-            text = data.decode(name)
-        except UnicodeDecodeError:
-            continue
-        high = [c for c in text if c > "\x7f"]
-        if sum(bool(c.encode(common, "ignore")) for c in high) * 10 >= len(high) * 9:
-            return name
+        with contextlib.suppress(UnicodeDecodeError):
+            high = [c for c in data.decode(name) if c > "\x7f"]
+            if sum(bool(c.encode(common, "ignore")) for c in high) * 10 >= len(high) * 9:
+                return name
     return "Windows-1252"
 
 
@@ -156,45 +174,43 @@ def around(line: bytes, at: int, width: int = 30) -> str:
 
 def scan_text(path: Path, encoding: str) -> Found:
     """A plain text file: one document. encoding: "utf-8" or "utf-16le"; a byte-order mark is passed over."""
-    data = path.read_bytes()
+    text = _text(path, encoding)
+    yield text if isinstance(text, Problem) else (1, text) if text.strip() else EMPTY
+
+
+def _text(path: Path, encoding: str = "utf-8") -> str | Problem:
+    with _readable(path):
+        data = path.read_bytes()
     try:
-        text = data.decode(encoding).removeprefix("\ufeff")
+        return data.decode(encoding).removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        likely = likely_encoding(data[:2000]) if encoding == "utf-8" else "UTF-8"
-        yield Problem(line, f"byte {error.start + 1} is not {encoding} ({likely} perhaps)", around(data, error.start))
-        return
-    yield (1, text) if text.strip() else Problem(1, "the file holds no document: it is empty", "")
+        return Problem(data.count(b"\n", 0, error.start) + 1, *undecodable(data, error.start, encoding))
 
 
 def scan_table(path: Path, data: DataSettings) -> Found:
     """Rows of a .json, .jsonl, .csv or .parquet file, of such a file named after the split in a folder, or of a data
     set by its name, which the `datasets` package loads (from the mirror that HF_ENDPOINT names, where it is set)."""
-    name, start, stop = parse_split(data.sft_split)
+    name, *bounds = parse_split(data.sft_split)
     write = row_writer(data)
     if path.is_dir():
         path = next((path / (name + suffix) for suffix in TABLES if (path / (name + suffix)).is_file()), path)
-    if path.suffix == ".jsonl" and path.is_file():
-        found = scan_jsonl(path, write)
+    if path.suffix.lower() == ".jsonl" and path.is_file():
+        found = list(scan_jsonl(path, write))
     else:
-        found = (_written(number, row, write) for number, row in enumerate(_rows(path, data.sft_split), 1))
-        if not path.is_file():
-            start, stop = "", ""  # the package has taken the split's slice already
-    if "%" in start + stop:
-        found = list(found)
-        start, stop = (str(len(found) * int(part[:-1]) // 100) if part.endswith("%") else part
-                       for part in (start, stop))
-    found = itertools.islice(found, int(start or 0), int(stop) if stop else None)
-    first = next(found, Problem(1, f"no row is left of {data.sft_split}", ""))
-    return itertools.chain([first], found)
+        found = [row if isinstance(row, Problem) else _written(number, row, write)
+                 for number, row in enumerate(_rows(path, data.sft_split), 1)]
+    if path.is_file():  # else the package has taken the split's slice already
+        found = found[slice(*(len(found) * int(part[:-1]) // 100 if part[-1:] == "%" else int(part) if part else None
+                              for part in bounds))]
+    yield from found or [Problem(0, f"no row is left of {data.sft_split}")]
 
 
 def parse_split(split: str) -> tuple[str, str, str]:
     """("train", "", "1000") of "train[:1000]"; bounds may be per cent. Raises SettingsError for anything else."""
-    match = re.fullmatch(r"([\w.-]+)(?:\[(\d*%?):(\d*%?)\])?", split)
-    if not match or "%" in match.groups("")[1:]:
+    match = re.fullmatch(r"([\w.-]+)(?:\[(\d+%?|):(\d+%?|)\])?", split)
+    if not match:
         raise SettingsError(f"sft_split cannot be {split!r}", where="sft_split", fix="write it like train[:1000]")
-    return match[1], match[2] or "", match[3] or ""
+    return match.groups("")
 
 
 def _written(number: int, row, write) -> tuple[int, str] | Problem:
@@ -205,27 +221,24 @@ def _written(number: int, row, write) -> tuple[int, str] | Problem:
 
 
 def _rows(path: Path, split: str) -> Iterable:
+    """The rows, or one Problem."""
+    kind = path.suffix.lower()
     try:
-        if path.suffix == ".csv":
-            with open(path, encoding="utf-8-sig", newline="") as file:
-                return list(csv.DictReader(file))
-        if path.suffix == ".json":
-            rows = json.loads(path.read_text(encoding="utf-8-sig"))
+        if kind in (".csv", ".json"):
+            text = _text(path)
+            if isinstance(text, Problem):
+                return [text]
+            if kind == ".csv":
+                return list(csv.DictReader(io.StringIO(text, newline="")))
+            rows = json.loads(text)
             rows = rows.get("data") if isinstance(rows, dict) else rows
-            if not isinstance(rows, list):
-                raise ValueError("it is no list of rows")
-            return rows
-        if path.suffix == ".parquet":
+            return rows if isinstance(rows, list) else [Problem(0, "it is no list of rows")]
+        if kind == ".parquet":
             return extra("pyarrow.parquet", "datasets").read_table(path).to_pylist()
         return extra("datasets", "datasets").load_dataset(str(path), split=split)
+    except json.JSONDecodeError as error:
+        return [Problem(error.lineno, f"this is not JSON: {error.msg}, column {error.colno}; where each line is a row, "
+                        "rename it to .jsonl")]
     except (OSError, ValueError, csv.Error, RecursionError) as error:
-        raise DataError(f"it cannot be read as {path.suffix or 'a data set'}: {error}", where=path,
+        raise DataError(f"it cannot be read as {kind or 'a data set'}: {error}", where=path,
                         fix="check the file, and sft_split; a data set by name needs a connection") from error
-
-
-def python_literal(text: str) -> object:
-    """What Python would read: single quotes, trailing commas, True. Raises ValueError for anything else."""
-    try:
-        return ast.literal_eval(text.strip().removesuffix(","))
-    except (SyntaxError, MemoryError, RecursionError, TypeError) as error:
-        raise ValueError(str(error)) from error

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from ..config import DataSettings
-from ..errors import DataError, did_you_mean
+from ..config import DataSettings, Settings
+from ..errors import DataError, SettingsError, did_you_mean
+from ..tokenizer import get_tokenizer
 from .binidx import BinIdx, Slices, check_ids
 from .chat import Template, loss_mask, mask_template
-from .jsonl import Found, Problem, encode, good, read_jsonl, row_writer, scan_jsonl, scan_table, scan_text
+from .jsonl import DEFAULTS, Found, encode, good, row_writer, scan_jsonl, scan_table, scan_text
 from .mixing import Selection, mixed, repeated, split
 
-__all__ = ["DataFile", "Document", "Documents", "Problem", "find_data_file", "open_documents",
-           "open_split", "read_jsonl"]
-SUFFIXES = {  # that a file of each type may have; auto takes the type that names its suffix first
-    "jsonl": (".jsonl", ".json"), "binidx": (".bin", ".idx"), "numpy": (".npy",), "utf-8": (".txt", ".md"),
-    "sft": (".json", ".csv", ".parquet", ".jsonl"), "utf-16le": (".txt",), "uint16": (".bin",)}
+TEXT = ("jsonl", "sft", "utf-8", "utf-16le")  # types of text; the others are tokens
+KINDS = {  # what a file of each suffix may hold, what auto takes first
+    ".jsonl": ("jsonl", "sft"), ".json": ("sft", "jsonl"), ".csv": ("sft",), ".parquet": ("sft",), ".npy": ("numpy",),
+    ".txt": ("utf-8", "utf-16le"), ".md": ("utf-8",), ".bin": ("binidx", "uint16"), ".idx": ("binidx",)}
 DUMMY = 1000  # documents of a dummy source
+SAVE = "save the ids as uint16, with numpy.save or array.tofile"
 
 
 class Document(NamedTuple):
@@ -35,7 +36,7 @@ class DataFile(NamedTuple):
     """A data file that is there."""
 
     path: Path
-    data_type: str      # one of SUFFIXES, or dummy
+    data_type: str      # any but auto
     notice: str = ""    # which one was taken, where several fit
 
 
@@ -109,8 +110,7 @@ def open_tokens(found: DataFile, data: DataSettings, tokenizer) -> Sequence[np.n
     if found.data_type == "dummy":
         rng = np.random.default_rng(data.data_seed)
         return rng.integers(1, tokenizer.vocab_size, (DUMMY, data.ctx_len + 1), dtype=np.uint16)
-    texts = good(scan(found, data), found.path)
-    return [np.array(tokens, dtype=np.uint16) for tokens in encode(texts, tokenizer)]
+    return [tokens.astype(np.uint16) for _, tokens in good(encode(scan(found, data), tokenizer), found.path)]
 
 
 def scan(found: DataFile, data: DataSettings) -> Found:
@@ -121,22 +121,48 @@ def scan(found: DataFile, data: DataSettings) -> Found:
     return scan_table(found.path, data) if found.data_type == "sft" else scan_text(found.path, found.data_type)
 
 
-def read_array(path: Path, data_type: str) -> Sequence[np.ndarray]:
-    """Documents of token ids in a .npy file (a row each, or one row that is cut behind its 0s) or of raw uint16."""
+def read_jsonl(path: str | Path, data: DataSettings = DEFAULTS) -> Iterator[tuple[int, str]]:
+    """(line number, text) of each document; blank lines and a byte-order mark are passed over.
+
+    Raises DataError, with file and line, at the first line that cannot be used, and for a file without documents.
+    """
+    return good(scan_jsonl(Path(path), row_writer(data)), path)
+
+
+def read_array(path: Path, data_type: str) -> Slices:
+    """Documents of token ids in a .npy file or of raw uint16: one row, cut behind its 0s, or a row each; of the 0s that
+    pad a row, the first closes it and the others are left out."""
     try:
         tokens = np.load(path, mmap_mode="r", allow_pickle=False) if data_type == "numpy" else np.memmap(
             path, dtype="<u2", mode="r")
     except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"it cannot be read as {data_type}: {error}", where=path,
-                        fix="save it with numpy.save" if data_type == "numpy" else "check the file") from error
+        raise DataError(f"it cannot be read as {data_type}: {error}", where=path, fix=SAVE) from error
     if tokens.dtype.kind not in "iu" or tokens.ndim not in (1, 2) or not tokens.size:
         raise DataError(f"it holds {tokens.dtype} {list(tokens.shape)}; token ids are whole numbers, [T] or [n,T]",
-                        where=path, fix="save the ids as uint16")
+                        where=path, fix=SAVE)
     if tokens.ndim == 2:
-        return tokens
+        n, width = tokens.shape
+        used = (width - (tokens[:, ::-1] != 0).argmax(1)) * tokens.any(1)
+        return Slices(tokens.reshape(-1), np.arange(n) * width, np.minimum(used + 1, width))
     stops = np.flatnonzero(tokens == 0) + 1
     stops = stops if stops.size and stops[-1] == len(tokens) else np.append(stops, len(tokens))
     return Slices(tokens, np.concatenate([[0], stops[:-1]]), np.diff(stops, prepend=0))
+
+
+def find_vocab_size(settings: Settings) -> int:
+    """Rows of the vocabulary that a model trained from scratch on settings.data needs: the tokenizer's, where the data
+    is text; of token files, one more than the highest id.
+
+    Raises SettingsError where a load_model is given: its own rows count.
+    """
+    data = settings.data
+    if settings.train.load_model:
+        raise SettingsError("vocab_size is the base's own: the data does not change it", where="load_model",
+                            fix="leave vocab_size at 0; training from scratch has no load_model")
+    found = find_data_file(data.data_file, data.data_type)
+    if found.data_type in (*TEXT, "dummy"):
+        return get_tokenizer(data.tokenizer).vocab_size
+    return 1 + max(int(tokens.max(initial=0)) for tokens in open_tokens(found, data, None))
 
 
 def find_data_file(path: str | Path, data_type: str = "auto") -> DataFile:
@@ -146,27 +172,22 @@ def find_data_file(path: str | Path, data_type: str = "auto") -> DataFile:
     needs no file. Raises DataError where nothing fits.
     """
     path = Path(path)
-    if data_type == "dummy":
-        return DataFile(path, data_type)
-    exact = _kind(path, data_type)
-    if exact and path.is_file():
-        return DataFile(path, exact)
-    if path.is_file():
-        raise DataError(f"its suffix {path.suffix!r} does not say what it holds", where=path,
-                        fix="set data_type, or rename it to .jsonl")
+    if path.is_file() or data_type == "dummy":
+        return DataFile(path, _kind(path, data_type))
     fitting = [DataFile(candidate, kind) for kind, candidate in (
         ("jsonl", path.with_name(path.name + ".jsonl")),
         ("binidx", path.with_name(path.name + ".bin")),
         ("binidx", path.with_name(path.name + "_text_document.bin")),
-    ) if candidate.is_file() and data_type in ("auto", kind)]
-    if data_type == "sft" and path.suffix not in SUFFIXES["sft"]:
+    ) if path.name and candidate.is_file() and data_type in ("auto", kind)]
+    if not fitting and data_type == "sft" and "sft" not in KINDS.get(path.suffix.lower(), ()):
         return DataFile(path, "sft")
     if not fitting:
-        here = [p.name for p in path.absolute().parent.glob("*") if p.is_file()]
-        raise DataError("this is a folder" if path.is_dir() else "there is no such data file"
-                        + ("" if data_type == "auto" else f" of type {data_type}"), where=path.absolute(),
-                        fix="name a file in it" if path.is_dir() else
-                        did_you_mean(path.name, here, "check the name and the folder"))
+        what = "this is a folder" if path.is_dir() else "there is no such data file"
+        here = [] if path.is_dir() else [p.name for p in path.absolute().parent.glob("*")
+                                         if p.is_file() and p.suffix.lower() in KINDS]
+        raise DataError(what + f" of type {data_type}" * (data_type != "auto"), where=path.absolute(),
+                        fix=did_you_mean(path.name, here, "name a file in it" if path.is_dir() else
+                                         "check the name and the folder"))
     if len(fitting) > 1:
         names = ", ".join(f.path.name for f in fitting)
         return fitting[0]._replace(notice=f"{names} all fit {path.name!r}: {fitting[0].path.name} is read; "
@@ -174,12 +195,13 @@ def find_data_file(path: str | Path, data_type: str = "auto") -> DataFile:
     return fitting[0]
 
 
-def _kind(path: Path, data_type: str) -> str | None:
-    """What an existing file of that name is: data_type, where given, else by its suffix."""
-    by_suffix = [kind for kind, suffixes in SUFFIXES.items() if path.suffix in suffixes]
-    if data_type == "auto":
-        return min(by_suffix, key=lambda kind: SUFFIXES[kind].index(path.suffix), default=None)
-    if by_suffix and data_type not in by_suffix:
-        raise DataError(f"this is a {by_suffix[0]} file, data_type says {data_type}", where=path,
-                        fix="set data_type to auto")
-    return data_type
+def _kind(path: Path, data_type: str) -> str:
+    """What an existing file holds: data_type, where given, else by its suffix."""
+    kinds = KINDS.get(path.suffix.lower(), ())
+    if data_type == "auto" and not kinds:
+        raise DataError(f"its suffix {path.suffix!r} does not say what it holds", where=path,
+                        fix=f"set data_type, or save it as one of {' '.join(KINDS)}")
+    if kinds and data_type not in ("auto", "dummy", *kinds):
+        raise DataError(f"this is a {kinds[0]} file, not {data_type}", where=path,
+                        fix=f"give a {data_type} file, or set data_type to auto")
+    return kinds[0] if data_type == "auto" else data_type

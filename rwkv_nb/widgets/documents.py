@@ -7,7 +7,6 @@ below them too, for readers who do not tell the colours apart.
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Iterator, Sequence
 from html import escape
 from typing import NamedTuple
@@ -77,27 +76,23 @@ def _split_text(fits: np.ndarray) -> str:
 
 def groups(document: Document, tokenizer) -> Iterator[Group]:
     """A document's tokens, those that hold parts of one character together."""
-    decoder, ids, trained = codecs.getincrementaldecoder("utf-8")(), [], False
+    ids, trained = [], False
     for token, mask in zip(document.tokens.tolist(), document.mask.tolist(), strict=True):
-        if token == 0:  # nothing can be completed behind the end of a document
-            if ids:
-                yield Group(ids, tokenizer.decode(ids), trained)
-            yield Group([0], "", mask)
-            ids, trained = [], False
-            decoder.reset()
-            continue
-        ids, trained = [*ids, token], trained or mask
-        try:
-            decoder.decode(tokenizer.token_bytes(token))
-            whole = not decoder.getstate()[0]
-        except UnicodeDecodeError:
-            whole = True
-        if whole:
+        if ids and (0 in (token, *ids) or not _cut(b"".join(map(tokenizer.token_bytes, ids)))):
             yield Group(ids, tokenizer.decode(ids), trained)
             ids, trained = [], False
-            decoder.reset()
+        ids, trained = [*ids, token], trained or mask
     if ids:
         yield Group(ids, tokenizer.decode(ids), trained)
+
+
+def _cut(text: bytes) -> bool:
+    """Whether a character is not complete at the end."""
+    try:
+        text.decode()
+    except UnicodeDecodeError as error:
+        return error.reason == "unexpected end of data"
+    return False
 
 
 def document_html(document: Document, tokenizer, *, most: int = 2000) -> str:
@@ -224,6 +219,4 @@ class ConversionBar(widgets.HBox):
         return "ConversionBar()"
 
     def show(self, now: Progress) -> None:
-        self._bar.value = now.done / max(now.total, 1)
-        self._text.value = (f"{now.done / 1e6:,.1f} of {now.total / 1e6:,.1f} MB · {now.documents:,} documents · "
-                            f"{now.mb_per_s:.1f} MB/s · {now.seconds_left:.0f} s left")
+        self._bar.value, self._text.value = now.done / max(now.total, 1), str(now)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkv_nb.data.binidx import BinIdx, binidx_to_jsonl, write_binidx
+from rwkv_nb.data.binidx import BinIdx, write_binidx
 from rwkv_nb.data.convert import jsonl_to_binidx
 from rwkv_nb.errors import DataError
 from rwkv_nb.tokenizer import ByteTokenizer, WorldTokenizer
@@ -110,12 +110,11 @@ def test_nothing_is_left_of_a_failed_write(tmp_path, documents):
 
 @pytest.mark.parametrize("tokenizer", [WorldTokenizer(), ByteTokenizer()], ids=["world", "byte"])
 def test_jsonl_there_and_back(tmp_path, tokenizer):
-    texts = ["User: 你好\n\nAssistant: hi 🙂", " \n", "tab\t\0nul", "a" * 3000]
+    texts = ["User: 你好\n\nAssistant: hi 🙂", " .\n", "tab\t\0nul", "a" * 3000]
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in texts))
     assert jsonl_to_binidx(tmp_path / "a.jsonl", tmp_path / "a", tokenizer) == 4
     assert all(d[-1] == 0 and 0 not in d[:-1] for d in BinIdx(tmp_path / "a"))
-    assert binidx_to_jsonl(tmp_path / "a.idx", tmp_path / "b.jsonl", tokenizer) == 4
-    assert [json.loads(line)["text"] for line in (tmp_path / "b.jsonl").read_text().splitlines()] == texts
+    assert [tokenizer.decode(d) for d in BinIdx(tmp_path / "a")] == texts
 
 
 def test_a_bad_line_leaves_nothing(tmp_path):
@@ -123,13 +122,6 @@ def test_a_bad_line_leaves_nothing(tmp_path):
     with pytest.raises(DataError, match="a.jsonl:2"):
         jsonl_to_binidx(tmp_path / "a.jsonl", tmp_path / "a", ByteTokenizer())
     assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
-
-
-def test_another_vocabulary_is_refused(tmp_path):
-    write_binidx(tmp_path / "a", [[1, 0], [3000, 0]])
-    with pytest.raises(DataError, match="document 2: it has id 3000"):
-        binidx_to_jsonl(tmp_path / "a", tmp_path / "a.jsonl", ByteTokenizer())
-    assert not (tmp_path / "a.jsonl").exists()
 
 
 def independent_reader(prefix):

@@ -132,7 +132,7 @@ def test_two_writers_of_one_pair_are_refused(source, tmp_path):
 
 
 def test_a_missing_or_empty_file(tmp_path):
-    with pytest.raises(RunError, match="nothing.jsonl: No such file"):
+    with pytest.raises(DataError, match="nothing.jsonl: there is no such data file"):
         jsonl_to_binidx(tmp_path / "nothing.jsonl", tmp_path / "out", WORLD)
     (tmp_path / "empty.jsonl").write_text("\n\n")
     with pytest.raises(DataError, match="no document"):

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from rwkv_nb.config import DataSettings
 from rwkv_nb.data.binidx import write_binidx
 from rwkv_nb.data.check import check_data, mend_jsonl
-from rwkv_nb.data.jsonl import likely_encoding, read_jsonl
+from rwkv_nb.data.jsonl import likely_encoding
+from rwkv_nb.data.sources import read_jsonl
 from rwkv_nb.errors import DataError
 from rwkv_nb.tokenizer import ByteTokenizer, WorldTokenizer
 
@@ -75,7 +76,7 @@ def test_mending_writes_a_new_file_and_names_what_is_left_out(tmp_path):
 
 
 @settings(max_examples=50, deadline=None)
-@given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), min_size=1, max_size=5),
+@given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"])).filter(str.strip), min_size=1, max_size=5),
        encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]))
 def test_a_good_file_is_mended_to_itself(tmp_path_factory, texts, encoding):
     folder = tmp_path_factory.mktemp("mend")
@@ -94,7 +95,9 @@ def test_token_files(tmp_path):
     assert "a.bin: document 3: it has id 301" in str(found) and len(found.sizes) == 5
     (tmp_path / "a.bin").write_bytes(b"12")
     (problem,) = report(tmp_path / "a.bin").problems
-    assert "its .idx tells of" in problem.what and problem.text.endswith("a.bin")
+    assert "its .idx tells of" in problem.what and "a.bin: it holds 2 bytes" in str(report(tmp_path / "a.bin"))
+    assert "a.bin: a.idx: this half of the" in str(report((tmp_path / "a.idx").rename(tmp_path / "b.idx").with_name(
+        "a.bin")))
     np.save(tmp_path / "b.npy", np.array([1.5]))
     assert "whole numbers" in report(tmp_path / "b.npy").problems[0].what
     with pytest.raises(DataError, match="no such data file"):

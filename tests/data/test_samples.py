@@ -20,7 +20,7 @@ TEMPLATES = {"thinking_and_tools.jsonl": "g1", "instruction.jsonl": "instruction
              "story_utf16le.txt": "plain", "rows.npy": "plain"}
 WRONG = {
     "bad_quotes.jsonl": "quotes", "bad_fields.jsonl": "its fields are 'question', 'answer'", "bad_empty.jsonl": "empty",
-    "bad_gbk.jsonl": "GB18030 perhaps", "bad_utf16.jsonl": "UTF-16 perhaps", "bad_gbk.txt": "GB18030 perhaps",
+    "bad_gbk.jsonl": "GB18030 perhaps", "bad_utf16.jsonl": "the file is UTF-16", "bad_gbk.txt": "GB18030 perhaps",
     "bad_turns.jsonl": "out of order", "bad_untrained.jsonl": "nothing of it is trained",
     "bad_vocabulary.npy": "id 300", "bad_cut.bin": "cut off", "bad_cut.idx": "cut off"}
 

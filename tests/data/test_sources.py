@@ -74,7 +74,7 @@ def test_what_is_not_there_is_said(data):
         find_data_file(data.with_name("trian.jsonl"))
     with pytest.raises(DataError, match="of type binidx"):
         find_data_file(data.with_suffix(""), "binidx")
-    with pytest.raises(DataError, match="data_type says binidx"):
+    with pytest.raises(DataError, match="a jsonl file, not binidx"):
         find_data_file(data, "binidx")
 
 

@@ -37,10 +37,10 @@ def test_plain_text(tmp_path_factory, text, encoding, bom):
 def test_text_of_another_encoding_is_named(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes("第一行\n".encode() + "你好，世界".encode("gbk"))
-    with pytest.raises(DataError, match="a.txt:2: byte 11 is not utf-8"):
+    with pytest.raises(DataError, match="a.txt:2: byte 11 is not UTF-8"):
         opened(path)
     path.write_bytes(b"odd")
-    with pytest.raises(DataError, match="utf-16le .UTF-8 perhaps"):
+    with pytest.raises(DataError, match="UTF-16LE .UTF-8 perhaps"):
         opened(path, data_type="utf-16le")
     path.write_text(" \n")
     with pytest.raises(DataError, match="empty"):
@@ -102,10 +102,10 @@ def test_sft(tmp_path, name, split, chosen):
 def test_sft_that_cannot_be_read_is_named(tmp_path):
     path = tmp_path / "a.json"
     write_rows(path, [*ROWS, {"query": "x"}])
-    with pytest.raises(DataError, match='a.json:21: there is no "response"'):
-        opened(path, data_type="sft")
+    with pytest.raises(DataError, match='a.json:21: there is no "response"; its fields are .query.'):
+        opened(path, data_type="sft", sft_field=("query", "response"))
     assert len(opened(path, sft_field=("query", "response"), sft_split="train[:20]")) == 20
-    for text, what in (("{", "cannot be read"), ("3", "no list"), ('{"data": [3]}', "a JSON object is needed")):
+    for text, what in (("{", "a.json:1: this is not JSON"), ("3", "no list"), ('{"data": [3]}', "an? JSON object")):
         path.write_text(text)
         with pytest.raises(DataError, match=what):
             opened(path)
