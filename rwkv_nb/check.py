@@ -19,8 +19,6 @@ from .runs import free_bytes
 from .wkv import compiler_info, self_test
 from .wkv.nvcc import find_nvcc
 
-OLDEST_PYTHON = (3, 11)
-
 
 class Finding(NamedTuple):
     """One line: what was looked at, what is there, and what to do about it ("" when it is good)."""
@@ -62,27 +60,22 @@ def check_machine(folder: str | Path = ".", *, disk_gb: float = 2, memory_gb: fl
 
     folder: where the runs will be written. disk_gb, memory_gb: what must be free there, and of memory, in 10⁹ bytes.
     """
-    return Report([_python(), *_packages(), _system(Path(folder).resolve()), _cores(), _memory(memory_gb),
+    python = Finding("Python", f"{platform.python_version()} in {Path(sys.prefix).name}")
+    return Report([python, *_packages(), _system(Path(folder).resolve()), _cores(), _memory(memory_gb),
                    _disk(Path(folder), disk_gb), _gpu(), _compiler(), _nvcc(), *_kernels()])
 
 
-def _python() -> Finding:
-    mend = "" if sys.version_info >= OLDEST_PYTHON else "install Python 3.11 or newer and run `make lab` again"
-    return Finding("Python", f"{platform.python_version()} in {Path(sys.prefix).name}", mend)
-
-
 def _packages() -> Iterator[Finding]:
-    """One line for each package that pyproject.toml asks for."""
+    """One line for each package that pyproject.toml asks for, extras left out."""
     for text in importlib.metadata.requires("rwkv_nb") or ():
         requirement = Requirement(text)
-        if requirement.marker is not None:   # extras, such as what the tests need
+        if requirement.marker is not None:
             continue
         try:
             version = importlib.metadata.version(requirement.name)
         except importlib.metadata.PackageNotFoundError:
-            yield Finding(requirement.name, "not installed", "run `make lab`, which installs it")
-            continue
-        fits = requirement.specifier.contains(version, prereleases=True)
+            version = "not installed"
+        fits = version[0].isdigit() and requirement.specifier.contains(version, prereleases=True)
         yield Finding(requirement.name, version, "" if fits else f"{requirement.specifier} is needed: run `make lab`, "
                                                                  "which installs it")
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import shutil
@@ -83,6 +84,11 @@ class Run:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
+        self.settings_file = self.folder / "settings.json"
+        self.started_file = self.folder / "started.json"    # settings, data, base and versions as the run began
+        self.metrics_file = self.folder / "metrics.jsonl"
+        self.log_file = self.folder / "train_log.txt"
+        self.checkpoint_file = self.folder / "checkpoint.pt"
 
     def __repr__(self) -> str:
         return f"Run({str(self.folder)!r})"
@@ -90,27 +96,6 @@ class Run:
     @property
     def name(self) -> str:
         return self.folder.resolve().name
-
-    @property
-    def settings_file(self) -> Path:
-        return self.folder / "settings.json"
-
-    @property
-    def metrics_file(self) -> Path:
-        return self.folder / "metrics.jsonl"
-
-    @property
-    def log_file(self) -> Path:
-        return self.folder / "train_log.txt"
-
-    @property
-    def started_file(self) -> Path:
-        """started.json: settings, data, base and versions as the run began."""
-        return self.folder / "started.json"
-
-    @property
-    def checkpoint_file(self) -> Path:
-        return self.folder / "checkpoint.pt"
 
     def adapter_file(self, epoch: int | str) -> Path:
         """adapter-{epoch}.safetensors"""
@@ -167,14 +152,13 @@ class Run:
 
     def set_aside(self) -> Path | None:
         """Move what an earlier run left to previous-N/; settings.json stays. Returns that folder, or None."""
-        named = ("metrics.jsonl", "train_log.txt", "checkpoint.pt", "started.json", "merged.pth", "score.json",
-                 "score.png", "loss.png")
-        products = [*self.adapters(), *self.folder.glob("rwkv-*.pth"), *(self.folder / name for name in named)]
-        products = [p for p in products if p.exists()]
+        made = (self.started_file, self.metrics_file, self.log_file, self.checkpoint_file, *self.adapters(),
+                *self.folder.glob("rwkv-*.pth"),
+                *(self.folder / name for name in ("merged.pth", "score.json", "score.png", "loss.png")))
+        products = [p for p in made if p.exists()]
         if not products:
             return None
-        number = next(n for n in range(1, 10**6) if not (self.folder / f"previous-{n}").exists())
-        aside = self.folder / f"previous-{number}"
+        aside = next(p for n in itertools.count(1) if not (p := self.folder / f"previous-{n}").exists())
         aside.mkdir()
         for product in products:
             product.rename(aside / product.name)
