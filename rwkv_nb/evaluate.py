@@ -1,9 +1,8 @@
-"""How well a model does: held-out answers right to the letter, loss on text, and what a simple rule would score."""
+"""How well a model does: held-out answers right to the letter, loss on text, multiple choice."""
 
 from __future__ import annotations
 
 import json
-from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -202,35 +201,3 @@ def _padded(documents: Sequence, device) -> tuple[torch.Tensor, torch.Tensor]:
         inputs[row, :len(tokens) - 1] = tokens[:-1]
         targets[row, :len(tokens) - 1] = torch.where(mask[1:], tokens[1:], -1)
     return inputs.to(device), targets.to(device)
-
-
-def constant_baseline(train: Sequence[str], heldout: Sequence[str], marker: str = MARKER) -> float:
-    """Share of held-out answers that the commonest training answer gets right. Texts without a marker are left out."""
-    (best, _), = Counter(split_example(text, marker)[1] for text in train if marker in text).most_common(1)
-    return sum(split_example(text, marker)[1] == best for text in heldout) / len(heldout)
-
-
-def nearest_neighbour_baseline(train: Sequence[str], heldout: Sequence[str], marker: str = MARKER) -> float:
-    """Share that is right when each prompt gets the answer of the training prompt most like it.
-
-    Likeness: shared character trigrams over the number that either has (Jaccard's index). Training texts without a
-    marker are left out.
-    """
-    pairs = [split_example(text, marker) for text in train if marker in text]
-    sizes, holders = [], defaultdict(list)
-    for i, (asked, _) in enumerate(pairs):
-        grams = _trigrams(asked)
-        sizes.append(len(grams))
-        for gram in grams:
-            holders[gram].append(i)
-    right = 0
-    for asked, answer in (split_example(text, marker) for text in heldout):
-        grams = _trigrams(asked)
-        shared = Counter(i for gram in grams for i in holders[gram])
-        nearest = max(shared, key=lambda i: shared[i] / (len(grams) + sizes[i] - shared[i]), default=0)
-        right += pairs[nearest][1] == answer
-    return right / len(heldout)
-
-
-def _trigrams(text: str) -> set[str]:
-    return {text[i:i + 3] for i in range(len(text) - 2)}

@@ -16,6 +16,8 @@ import numpy as np
 
 from .errors import SettingsError
 
+WORLD_IDS = 65530   # 0..65529; models round it up to 65536 rows
+
 
 class _Tokenizer:
     """What both vocabularies share: everything that follows from the bytes of each id."""
@@ -124,15 +126,10 @@ def get_tokenizer(name: str = "auto", vocab_size: int | None = None) -> WorldTok
         if vocab_size is None:
             raise SettingsError("tokenizer is 'auto', but there is no model yet to pick it from", where="tokenizer",
                                 fix="say world (released models) or byte (tiny models of 257 rows)")
-        if vocab_size != ByteTokenizer.vocab_size and vocab_size < 65530:
-            raise SettingsError(f"a model of {vocab_size} rows is neither a World model (65536) nor a byte model (257)",
-                                where="tokenizer", fix="use a base with one of these vocabularies")
         name = "byte" if vocab_size == ByteTokenizer.vocab_size else "world"
-    needed = 65530 if name == "world" else ByteTokenizer.vocab_size
-    if vocab_size is not None and vocab_size < needed:
-        raise SettingsError(f"the model has {vocab_size} rows, the {name} vocabulary needs {needed}",
-                            where="tokenizer", fix="set tokenizer to auto")
-    if name == "byte" and vocab_size is not None and vocab_size >= 65530:
-        raise SettingsError(f"a model of {vocab_size} rows reads World tokens, not bytes", where="tokenizer",
-                            fix="set tokenizer to auto, and prepare the data again for this base (01_prepare_data)")
+    least, most = (WORLD_IDS, 2**31) if name == "world" else (ByteTokenizer.vocab_size, WORLD_IDS - 1)
+    if vocab_size is not None and not least <= vocab_size <= most:
+        raise SettingsError(f"a model of {vocab_size} rows does not read {name} tokens, which are {least}",
+                            where="tokenizer", fix="set tokenizer to auto: a model of 65536 rows reads World tokens, "
+                            "one of 257 bytes; data made for the other is to be prepared again (01_prepare_data)")
     return WorldTokenizer() if name == "world" else ByteTokenizer()

@@ -9,13 +9,11 @@ import torch
 from rwkv_nb import evaluate
 from rwkv_nb.errors import DataError
 from rwkv_nb.evaluate import (
-    constant_baseline,
     exact_match,
     hardest,
     judge,
     judgement_table,
     multiple_choice,
-    nearest_neighbour_baseline,
     split_example,
     text_loss,
 )
@@ -87,15 +85,6 @@ def test_exact_match_counts_what_the_model_writes(model):
     assert [row.right for row in score.rows] == [True, True, False, True, False]
     assert (score.n, score.right, score.share) == (5, 3, 0.6)
     assert score.rows[4].expected == "something else"
-
-
-def test_baselines():
-    train = ["User: I have a red cat\n\nAssistant: cat", "User: I see two dogs\n\nAssistant: dog",
-             "User: my cat is old\n\nAssistant: cat"]
-    heldout = ["User: I see three dogs\n\nAssistant: dog", "User: a red cat!\n\nAssistant: cat",
-               "User: one horse\n\nAssistant: horse", "User: the cat is old\n\nAssistant: cat"]
-    assert constant_baseline(train, heldout) == 0.5
-    assert nearest_neighbour_baseline(train, heldout) == 0.75
 
 
 # -- the judge ---------------------------------------------------------------------------------------------------------

@@ -6,13 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
 import torch
 
 from rwkv_nb.data.sources import read_jsonl
-from rwkv_nb.evaluate import constant_baseline, exact_match, nearest_neighbour_baseline, split_example
+from rwkv_nb.evaluate import exact_match, split_example
 from rwkv_nb.model import load_model, load_weights, read_shape
 from rwkv_nb.tokenizer import get_tokenizer
 
@@ -106,3 +107,46 @@ def test_the_rwkv_package_reads_the_base_alike(tmp_path):
     with torch.inference_mode():
         ours = load_model(BASE, dtype=torch.float32)(torch.tensor([tokens]))[0][0]
     torch.testing.assert_close(ours, torch.load(tmp_path / "theirs.pt"), atol=1e-4, rtol=1e-4)
+
+
+# -- what a simple rule would score ----------------------------------------------------------------------------------
+
+def constant_baseline(train: list[str], heldout: list[str]) -> float:
+    """Share of held-out answers that the commonest training answer gets right. Texts without a marker are left out."""
+    (best, _), = Counter(split_example(text)[1] for text in train if "Assistant:" in text).most_common(1)
+    return sum(split_example(text)[1] == best for text in heldout) / len(heldout)
+
+
+def nearest_neighbour_baseline(train: list[str], heldout: list[str]) -> float:
+    """Share that is right when each prompt gets the answer of the training prompt most like it.
+
+    Likeness: shared character trigrams over the number that either has (Jaccard's index). Training texts without a
+    marker are left out.
+    """
+    pairs = [split_example(text) for text in train if "Assistant:" in text]
+    sizes, holders = [], defaultdict(list)
+    for i, (asked, _) in enumerate(pairs):
+        grams = _trigrams(asked)
+        sizes.append(len(grams))
+        for gram in grams:
+            holders[gram].append(i)
+    right = 0
+    for asked, answer in (split_example(text) for text in heldout):
+        grams = _trigrams(asked)
+        shared = Counter(i for gram in grams for i in holders[gram])
+        nearest = max(shared, key=lambda i: shared[i] / (len(grams) + sizes[i] - shared[i]), default=0)
+        right += pairs[nearest][1] == answer
+    return right / len(heldout)
+
+
+def _trigrams(text: str) -> set[str]:
+    return {text[i:i + 3] for i in range(len(text) - 2)}
+
+
+def test_baselines():
+    train = ["User: I have a red cat\n\nAssistant: cat", "User: I see two dogs\n\nAssistant: dog",
+             "User: my cat is old\n\nAssistant: cat"]
+    heldout = ["User: I see three dogs\n\nAssistant: dog", "User: a red cat!\n\nAssistant: cat",
+               "User: one horse\n\nAssistant: horse", "User: the cat is old\n\nAssistant: cat"]
+    assert constant_baseline(train, heldout) == 0.5
+    assert nearest_neighbour_baseline(train, heldout) == 0.75
