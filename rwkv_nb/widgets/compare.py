@@ -21,8 +21,9 @@ def find_runs(folder: str | Path) -> dict[str, Run]:
     return {str(log.parent.relative_to(folder)): Run(log.parent) for log in sorted(logs)}
 
 
-def summary(rows: Sequence[Mapping]) -> dict[str, float]:
-    """Steps taken, mean loss of the first and the last tenth of them, median tokens/s, peak memory in MB.
+def summary(rows: Sequence[Mapping]) -> dict[str, float | None]:
+    """Steps taken, mean loss of the first and the last tenth of them, lowest held-out loss (None where none was
+    measured), median tokens/s, peak memory in MB.
 
     Raises RunError for a run without a step.
     """
@@ -33,18 +34,20 @@ def summary(rows: Sequence[Mapping]) -> dict[str, float]:
     loss = [row["loss"] for row in steps]
     return {"steps": steps[-1]["step"], "first_loss": float(np.mean(loss[:tenth])),
             "last_loss": float(np.mean(loss[-tenth:])),
+            "heldout_loss": min((row["heldout_loss"] for row in rows if row.get("event") == "eval"), default=None),
             "tokens_per_s": float(np.median([row["tokens_per_s"] for row in steps])),
             "peak_memory_mb": max(row["peak_memory_mb"] for row in steps)}
 
 
 def summary_html(runs: Mapping[str, Sequence[Mapping]]) -> str:
     """The summaries as a table, a row a run. runs: rows of metrics.jsonl by name."""
-    table = [("run", "steps", "loss at first", "loss at last", "tokens/s", "peak memory, MB")]
+    table = [("run", "steps", "loss at first", "loss at last", "best held-out", "tokens/s", "peak memory, MB")]
     for name, rows in runs.items():
-        cells = ["no step yet", "", "", "", ""]
+        cells = ["no step yet", "", "", "", "", ""]
         if any("loss" in row for row in rows):
-            formats = ("{:,}", "{:.4f}", "{:.4f}", "{:,.0f}", "{:,.0f}")
-            cells = [form.format(value) for form, value in zip(formats, summary(rows).values(), strict=True)]
+            formats = ("{:,}", "{:.4f}", "{:.4f}", "{:.4f}", "{:,.0f}", "{:,.0f}")
+            figures = zip(formats, summary(rows).values(), strict=True)
+            cells = ["–" if value is None else form.format(value) for form, value in figures]
         table.append((html.escape(name), *cells))
     return rows_html(table)
 

@@ -71,7 +71,8 @@ def loss_figure(rows: Sequence[Mapping], *, title: str = "", smooth: float | Non
     """
     step, loss, lr = _columns(rows, "loss", "lr")
     changes = _changes(rows)
-    heldout = [(row["step"], row["heldout_loss"]) for row in rows if row.get("event") == "eval"]
+    heldout = [(row["step"], row["heldout_loss"]) for row in rows
+               if row.get("event") == "eval" and np.isfinite(row["heldout_loss"])]
     at = [*step[:1], *step[-1:], *(x for x, _ in (*changes, *heldout))] or [0, 1]
     limits = min(at) - 0.5, max(at) + max(0.5, 0.01 * (max(at) - min(at)))
     labels = _place_labels(changes, limits)
@@ -80,7 +81,7 @@ def loss_figure(rows: Sequence[Mapping], *, title: str = "", smooth: float | Non
     if not len(step):
         top.text(0.5, 0.5, "the first step is still to come", transform=top.transAxes, ha="center", color=TICK)
     else:
-        _draw_loss(top, step, loss, smooth, COLOURS[0])
+        _draw_loss(top, step, loss, smooth, COLOURS[0], [y for _, y in heldout])
         if heldout:
             top.plot(*zip(*heldout, strict=True), color=COLOURS[3], lw=1.6, marker="D", ms=4, label="held out")
         saves = [row["step"] for row in rows if row.get("event") == "save"]
@@ -152,13 +153,14 @@ def _panels(width: float, height: float, above: float, boxes: Iterable[tuple]) -
     return figure, made
 
 
-def _draw_loss(axes: Axes, step, loss, smooth, colour) -> None:
-    """The two lines, and limits that one spike does not stretch."""
+def _draw_loss(axes: Axes, step, loss, smooth, colour, others: list[float]) -> None:
+    """The two lines, and limits that hold `others` too, and that one spike does not stretch."""
     many = len(step) > 1
     axes.plot(*_decimated(step, loss), color=colour, lw=0.8, alpha=0.4, label="each step", marker="" if many else "o")
     x, y = _smoothed(step, loss, smooth)
     axes.plot(x, y, color=colour, lw=2.2, label="smoothed", marker="" if many else "o")
-    highest, lowest = min(loss.max(), max(np.quantile(loss, 0.99), 2 * y.max())), min(loss.min(), y.min())
+    highest = max(min(loss.max(), max(np.quantile(loss, 0.99), 2 * y.max())), *others, -np.inf)
+    lowest = min(loss.min(), y.min(), *others)
     room = 0.08 * (highest - lowest) or 0.05 * abs(highest) or 1.0
     bottom = 0 if 0 <= lowest < 0.4 * highest else lowest - room
     axes.set_ylim(bottom, highest + room)

@@ -29,7 +29,10 @@ def test_runs_and_what_was_set_aside_are_found(tmp_path):
 def test_summary(tmp_path):
     write(tmp_path / "a", [4.0] * 10 + [3.0] * 80 + [1.0] * 10)
     assert summary(find_runs(tmp_path)["a"].metrics()) == {
-        "steps": 100, "first_loss": 4.0, "last_loss": 1.0, "tokens_per_s": 5050.0, "peak_memory_mb": 150.0}
+        "steps": 100, "first_loss": 4.0, "last_loss": 1.0, "heldout_loss": None, "tokens_per_s": 5050.0,
+        "peak_memory_mb": 150.0}
+    evals = [{"step": step, "event": "eval", "heldout_loss": loss} for step, loss in ((0, 4.0), (50, 2.5), (100, 2.6))]
+    assert summary([*find_runs(tmp_path)["a"].metrics(), *evals])["heldout_loss"] == 2.5
     with pytest.raises(RunError, match="no step has been written"):
         summary([{"step": 0, "event": "pause"}])
     table = summary_html({"<b>": find_runs(tmp_path)["a"].metrics(), "new": []})

@@ -47,6 +47,7 @@ def no_warnings():
               st.floats(-1e30, 1e30) | st.sampled_from([math.nan, math.inf]), st.floats(0, 1)),
     st.builds(lambda name, old, new: change(0, name, old, new), st.sampled_from(["lr_init", "log_every"]),
               st.floats(0, 1) | st.integers(1, 9), st.floats(0, 1)),
+    st.builds(lambda loss: {"event": "eval", "heldout_loss": loss}, st.floats(-1e30, 1e30) | st.just(math.nan)),
     st.sampled_from([{"event": "pause"}, {"event": "resume"}, {"event": "save", "name": "adapter-1.safetensors"}]),
 ), max_size=12), st.text(max_size=12))
 def test_any_rows_are_painted(rows, title):
@@ -90,6 +91,13 @@ def test_crowded_labels_do_not_overlap_and_none_is_lost():
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
     more = sum(int(n) for label in labels for n in re.findall(r"\+(\d+)$", label.get_text()))
     assert len(labels) + more == 10
+
+
+def test_held_out_losses_are_inside_the_picture():
+    before, after = ({"step": step, "event": "eval", "heldout_loss": loss} for step, loss in ((0, 9.0), (20, -3.0)))
+    rows = [before, *steps(20), after]
+    low, high = loss_figure(rows).axes[0].get_ylim()
+    assert low < -3 and high > 9
 
 
 def test_a_long_run_keeps_its_spike_in_few_points():
