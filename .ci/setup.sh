@@ -36,28 +36,25 @@ new_enough "$python" || stop "Python 3.11 or newer is needed; the active environ
 command -v "${CXX:-c++}" >/dev/null ||
     say "warning: no C++ compiler here, so the slower chunked PyTorch form is used (Debian, Ubuntu, WSL: sudo apt install g++)"
 
-pip() { "$python" -m pip --disable-pip-version-check "$@"; }
-torch_fits() {
-    "$python" - <<'PY'
-import sys
-from importlib.metadata import PackageNotFoundError, version
-try:
-    found = version("torch")
-except PackageNotFoundError:
-    sys.exit(1)
-fits = tuple(map(int, found.split(".")[:2])) >= (2, 10)
-print(f"torch {found} is here" + (" and is kept" if fits else "; 2.10 or newer is needed"))
-sys.exit(not fits)
-PY
+install() {   # a download that is cut goes on from what is whole already
+    local try
+    for try in 1 2 3; do
+        if "$python" -m pip --disable-pip-version-check install "$@"; then return; fi
+        say "that did not work (try $try of 3)"
+    done
+    stop "the packages could not be installed; pip says why above" "→ check the connection and the free disk space, then run make again"
 }
 
-# torch goes first and alone: it is most of the download, and one that is there and fits is never touched.
-if ! torch_fits; then
-    say "installing torch (the largest download)"
-    pip install -c constraints.txt torch --upgrade
+# torch goes first and alone: it is most of the download. One that is there and fits is never touched.
+if torch=$("$python" -c 'import sys; from importlib.metadata import version; torch = version("torch"); print(torch)
+sys.exit(tuple(map(int, torch.split(".")[:2])) < (2, 10))' 2>/dev/null); then
+    say "torch $torch is here and is kept"
+else
+    say "installing torch, the largest download${torch:+ ($torch is here; 2.10 or newer is needed)}"
+    install -c constraints.txt --upgrade torch
 fi
 say "installing JupyterLab and the other packages into $env"
 grep -v '^torch==' constraints.txt > "$env/.rwkv_nb-constraints.txt"
-pip install -q -c "$env/.rwkv_nb-constraints.txt" -e ".${extra:+[$extra]}"
+install -q -c "$env/.rwkv_nb-constraints.txt" -e ".${extra:+[$extra]}"
 printf '%s' "$stamp" > "$env/.rwkv_nb-${extra:-run}"
 say "ready"
