@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 
 LIBRARY = Path(__file__).parents[2] / "rwkv_nb"
+# The rooms of the house from the ground up: each imports only what stands before it.
+ROOMS = """errors words config extras tokenizer runs wkv quant data model loss lora generate evaluate talk hub memory
+           export train compat check notebook_runner cli widgets""".split()
 IMPORT_ALL = """
 import importlib, os, pkgutil, sys, threading
 import rwkv_nb
@@ -63,3 +66,14 @@ def test_no_environment_variable_is_read_at_import(path):
 
     names = [getattr(node, "attr", getattr(node, "id", "")) for node in at_import(ast.parse(path.read_text()))]
     assert not {"environ", "getenv"} & set(names)
+
+
+@pytest.mark.parametrize("path", sorted(LIBRARY.rglob("*.py")), ids=lambda path: str(path.relative_to(LIBRARY)))
+def test_each_room_imports_only_what_stands_below_it(path):
+    package = [LIBRARY.name, *path.relative_to(LIBRARY).parent.parts]
+    room = [*package, path.stem][1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            whole = package[:len(package) - node.level + 1] + (node.module.split(".") if node.module else [])
+            for other in whole[1:2] or [alias.name for alias in node.names if alias.name in ROOMS]:
+                assert ROOMS.index(other) < ROOMS.index(room) or other == room, f"{room} imports {other}"
