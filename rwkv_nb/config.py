@@ -179,9 +179,11 @@ class TrainSettings:
     master_addr: str = _option("", "with several machines: address and free port of machine 0, like 10.0.0.1:29500",
                                "多机训练时 0 号机器的地址与端口,如 10.0.0.1:29500")
     strategy: str = _option(
-        "auto", "how several devices share a run: ddp, which auto means, gives each the whole model; one device needs "
-        "none, whatever is asked for; deepspeed_stage_* is refused on several, for now",
-        "多卡训练策略:auto 即 ddp;单卡不需要;deepspeed_stage_* 目前仅接受单卡", choices=STRATEGIES)
+        "auto", "how several devices share a run: ddp, which auto means, gives each the whole model; deepspeed_stage_1 "
+        "shares out AdamW's averages, _2 the gradient too, _3 the base too, where it is larger than one GPU; _offload "
+        "keeps what is shared out in the host's memory. One device needs none. DeepSpeed has run here on CPUs alone",
+        "多卡训练策略:auto 即 ddp,每卡一份完整模型;deepspeed_stage_1 分摊 AdamW 状态,_2 再分摊梯度,_3 再分摊基底"
+        "(单卡放不下时用);_offload 把分摊的部分放在内存。单卡不需要。DeepSpeed 目前只在 CPU 上验证过", choices=STRATEGIES)
     random_seed: int = _option(42, "seed of the order, the initial adapter and dropout", "随机种子", low=0)
     merge: int = _option(1, "1 writes rwkv-{epoch}.pth, the complete merged model, at each save",
                          "1 表示每次保存时同时写出合并后的完整模型", choices=(0, 1))
@@ -334,6 +336,8 @@ def from_dict(cls, values: dict):
 def check_together(settings: Settings) -> None:
     """Raise SettingsError where two settings contradict each other."""
     t = settings.train
+    zero = t.devices * t.num_nodes > 1 and t.strategy.startswith("deepspeed")
+    parted = zero and t.strategy.startswith("deepspeed_stage_3")
     for wrong, name, what, fix in (
         (t.decay_steps and t.lr_schedule != "wsd", "decay_steps", "decay_steps belongs to lr_schedule wsd",
          "set lr_schedule to wsd, or decay_steps to 0"),
@@ -349,8 +353,16 @@ def check_together(settings: Settings) -> None:
          "machines count from 0"),
         (t.num_nodes > 1 and not t.master_addr, "master_addr", "several machines need an address to meet at",
          "give machine 0's address and a free port, like 10.0.0.1:29500"),
-        (t.devices * t.num_nodes > 1 and t.strategy.startswith("deepspeed"), "strategy",
-         f"{t.strategy} is not there yet on several devices", "use ddp: LoRA has little state to share"),
+        (zero and t.adam_state != "fp32", "adam_state", f"DeepSpeed keeps AdamW's averages in fp32, not {t.adam_state}",
+         "set adam_state to fp32, or strategy to ddp"),
+        (parted and t.quant != "none" or parted and t.quant_head, "quant",
+         "stage 3 shares out plain weights, not quantised ones", "use deepspeed_stage_2 or ddp, or leave quant out"),
+        (parted and t.emb_cpu, "emb_cpu", "stage 3 holds the embedding with the rest",
+         "leave emb_cpu out; deepspeed_stage_3_offload keeps all weights in the host's memory"),
+        (parted and t.chunk_ctx, "chunk_ctx", "under stage 3 all processes compute in step, chunks differ between them",
+         "use deepspeed_stage_2 or ddp"),
+        (parted and settings.lora.train_parts, "train_parts", "stage 3 trains adapters alone",
+         "use deepspeed_stage_2 or ddp"),
     ):
         if wrong:
             raise SettingsError(what, where=name, fix=fix)

@@ -43,7 +43,7 @@ def real_parts(trainer):
     linears = [m for m in trainer.model.modules() if getattr(m, "held", None)]
     trained = sum(p.nbytes for p in trainer.parameters)
     weights = sum(p.nbytes for p in trainer.model.parameters()) - trained + sum(m.held.nbytes for m in linears)
-    states = [t for state in trainer.optimizer.state.values() for k, t in state.items()
+    states = [t for state in trainer.optimizer.adamw.state.values() for k, t in state.items()
               if torch.is_tensor(t) and "qmap" not in k]
     optimizer = sum(t.nbytes for t in states)
     with live:

@@ -11,14 +11,16 @@ from dataclasses import dataclass
 
 import torch
 
-from ..config import LiveSettings, Settings, from_dict
+from .. import config
+from ..config import LiveSettings, Settings
 from ..errors import RunError
 from ..runs import Run, write_with
 
 FORMAT = 2
 # What may change between a checkpoint and its resumption: where it runs, what is watched, what is written.
-FREE = {"live", "proj_dir", "checkpoint_seconds", "devices", "num_nodes", "node_rank", "master_addr", "strategy",
-        "eval_file", "early_stop", "spike_factor", "on_spike", "wandb", "merge", "epoch_save"}
+FREE = {*config.field_names(LiveSettings()), "proj_dir", "checkpoint_seconds", "devices", "num_nodes", "node_rank",
+        "master_addr", "strategy", "eval_file", "early_stop", "spike_factor", "on_spike", "wandb", "merge",
+        "epoch_save"}
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Checkpoint:
 
     def live_settings(self) -> LiveSettings:
         """LiveSettings as they were at this step."""
-        return from_dict(LiveSettings, self.live)
+        return config.from_dict(LiveSettings, self.live)
 
 
 def load_checkpoint(run: Run) -> Checkpoint | None:
@@ -65,14 +67,10 @@ def load_checkpoint(run: Run) -> Checkpoint | None:
 
 
 def differences(checkpoint: Checkpoint, settings: Settings) -> list[str]:
-    """Settings in which a checkpoint's run differs from what is asked for now, other than FREE ones, in words."""
-    found = []
-    for part, then in checkpoint.settings.items():
-        now = dataclasses.asdict(getattr(settings, part))
-        found += [f"{name}: {then.get(name)!r} → {value!r}" for name, value in now.items()
-                  if name not in FREE and _plain(then.get(name)) != _plain(value)]
-    return found
+    """Settings in which a checkpoint's run differs from what is asked for now, other than FREE ones, in words.
 
-
-def _plain(value):
-    return list(value) if isinstance(value, tuple) else value
+    A setting that the checkpoint's version did not have was at its default.
+    """
+    then, now = (config.values(each) for each in (config.from_dict(Settings, checkpoint.settings), settings))
+    return [f"{name}: {then[name]!r} → {value!r}" for name, value in now.items()
+            if name not in FREE and then[name] != value]

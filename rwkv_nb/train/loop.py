@@ -5,6 +5,7 @@ It knows no thread and no widget; train.session drives it.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import importlib.metadata
@@ -15,6 +16,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -26,8 +28,9 @@ from ..data.batches import Batch, Batches
 from ..data.sources import open_documents, open_split
 from ..errors import SettingsError, TrainingError
 from ..evaluate import text_loss
+from ..generate import generate
 from ..lora.adapter import adapter_tensors, save_adapter, set_adapter_tensors
-from ..lora.layers import adapter_parameters, attach, set_dropout_step
+from ..lora.layers import adapter_parameters, attach, set_dropout_step, strength
 from ..lora.merge import merge
 from ..lora.parts import trained_parts
 from ..loss import head_loss
@@ -39,11 +42,10 @@ from ..words import bytes_text
 from .checkpoint import Checkpoint
 from .infctx import backward_by_chunks
 from .log import Logs
-from .optimizer import make_optimizer
 from .ranks import Ranks
 from .schedule import learning_rate
+from .update import Update, make_update
 
-LARGEST_SCALE, SCALE_UP_AFTER = 2.0**16, 500  # fp16: the loss scale's start, and good steps before it is doubled
 SPIKE_WINDOW, MOST_SKIPS = 50, 10
 _NOT_A_NUMBER = ("the last checkpoint is good: resume with a lower lr_init or a smaller grad_clip; "
                  "with precision bf16 or fp16, try fp32; on_spike=skip leaves such steps out")
@@ -99,9 +101,10 @@ class Trainer:
         if t.precision == "tf32" and self.device.type == "cpu":
             raise SettingsError("tf32 is a GPU's arithmetic", where="precision", fix="use fp32 or bf16 on a CPU")
         torch.backends.cuda.matmul.allow_tf32 = t.precision == "tf32"
-        self.model = load_model(t.load_model, device=self.device, dtype=DTYPES[t.precision], quant=t.quant,
-                                quant_double=bool(t.quant_double), quant_head=bool(t.quant_head),
-                                emb_cpu=bool(t.emb_cpu))
+        parted = self.ranks.size > 1 and t.strategy.startswith("deepspeed_stage_3")  # goes to the device in parts
+        self.model = load_model(
+            t.load_model, device="cpu" if parted else self.device, dtype=DTYPES[t.precision], quant=t.quant,
+            quant_double=bool(t.quant_double), quant_head=bool(t.quant_head), emb_cpu=bool(t.emb_cpu))
         check_shape(t, self.model.shape)
         self.base = fingerprint(t.load_model)
         self.tokenizer = get_tokenizer(settings.data.tokenizer, self.model.shape.vocab_size)
@@ -109,7 +112,6 @@ class Trainer:
         attach(self.model, settings.lora, t.random_seed)
         self.model.train()
         self.parameters = list(adapter_parameters(self.model))
-        self.optimizer = make_optimizer(self.parameters, t)
         self.documents, self.heldout = open_split(settings.data, self.tokenizer)
         if t.eval_file:
             apart = dataclasses.replace(settings.data, data_file=t.eval_file, heldout=0.0, repeat=1.0, mix_file="")
@@ -122,9 +124,13 @@ class Trainer:
         self._agree()
         self.logs = Logs(run, write=not self.ranks.rank, wandb=t.wandb)
         self.step, self.epoch_loss = 0, [0.0, 0]
-        self._scale, self._good = LARGEST_SCALE if t.precision == "fp16" else 1.0, 0
         self._losses, self._skips = deque(maxlen=SPIKE_WINDOW), 0
         self._stand()
+
+    @cached_property
+    def optimizer(self) -> Update:
+        """Made when the adapter has its first values: DeepSpeed takes a copy."""
+        return make_update(self.model, self.parameters, self.settings.train, self.ranks, self.device)
 
     def _agree(self) -> None:
         """Raise SettingsError where another process of this run has another base or other data."""
@@ -154,7 +160,7 @@ class Trainer:
         if self.model.shape.version == "x052":
             told.append(f"{Path(t.load_model).name} is an RWKV-5 (x052) model: that version is deprecated, take a "
                         "newer base for new work")
-        if t.strategy.startswith("deepspeed"):
+        if t.strategy.startswith("deepspeed") and self.ranks.size == 1:
             told.append(f"strategy {t.strategy} is not needed: one device trains alone")
         if t.quant != "none":
             told.append(f"the base is held in {t.quant} while it trains; merging goes into the original base, as its "
@@ -162,8 +168,14 @@ class Trainer:
         return [*told, *self.batches.notices(), self._disk_notice()]
 
     def heldout_loss(self) -> float:
-        """Mean cross-entropy over the held-out documents, nats per trained token."""
-        return text_loss(self.model, self.heldout, op=self.op)
+        """Mean cross-entropy over the held-out documents, nats per trained token; all processes call this."""
+        return self.ranks.tell(self.optimizer.compute(lambda: text_loss(self.model, self.heldout, op=self.op)))
+
+    def answers(self, prompts: Sequence[str], max_tokens: int, *, base: bool) -> list[str]:
+        """What the adapter writes, or the base without it; all processes call this."""
+        with strength(self.model, 0) if base else contextlib.nullcontext():
+            return self.optimizer.compute(lambda: generate(self.model, self.tokenizer, prompts, max_tokens=max_tokens,
+                                                           op=self.op))
 
     def description(self) -> dict:
         """What this run is made of, for started.json: settings, data, base, versions."""
@@ -198,20 +210,16 @@ class Trainer:
         micro_batches = self.batches.next_step()
         mine = [(int(batch.mask.sum()), batch.inputs.numel()) for batch in micro_batches]
         n_trained, tokens = map(sum, zip(*(n for rank in self.ranks.ask(mine) for n in rank), strict=True))
-        ce_sum, norm = self._gradients(micro_batches, n_trained, live)
-        loss, lr = ce_sum / max(n_trained, 1), learning_rate(self.step, self.total_steps, t)
-        fault = self._fault(loss, norm)
+        lr = learning_rate(self.step, self.total_steps, t)
+        loss, norm, fault = self._learn(micro_batches, n_trained, live, lr, before_update)
         if fault:
-            self.optimizer.zero_grad()
             self._skips += 1
             if t.on_spike == "stop" or self._skips > MOST_SKIPS:
                 raise TrainingError(fault, where=f"step {self.step + 1}", fix=_NOT_A_NUMBER)
         else:
-            before_update()
-            self._update(lr)
             self._losses.append(loss)
             self._skips = 0
-            self.epoch_loss = [self.epoch_loss[0] + ce_sum, self.epoch_loss[1] + n_trained]
+            self.epoch_loss = [self.epoch_loss[0] + loss * n_trained, self.epoch_loss[1] + n_trained]
         self.step += 1
         self._stand()
         if fault:
@@ -221,26 +229,32 @@ class Trainer:
                 "tokens_per_s": round(tokens / (time.perf_counter() - began), 1),
                 "peak_memory_mb": round(self._peak_memory() / 1e6, 1)}
 
-    def _gradients(self, micro_batches: Sequence[Batch], n_trained: int, live: LiveSettings) -> tuple[float, float]:
-        """Gradients of one step, clipped; returns Σ cross-entropy and the norm before clipping.
+    def _learn(self, micro_batches: Sequence[Batch], n_trained: int, live: LiveSettings, lr: float,
+               before_update: Callable[[], None]) -> tuple[float, float, str]:
+        """Gradients and update of one step: mean loss, gradient norm, and why nothing was changed, or "".
 
-        fp16 has few small numbers: its loss is scaled up, and where that overflows the step is computed again with
-        half the scale, so that no step is lost.
+        A step that overflowed under a loss scale is computed again under the smaller one, so that none is lost.
         """
         while True:
             ce = torch.zeros((), device=self.device)
             for micro, batch in enumerate(micro_batches):
-                ce += self._backward(batch, n_trained, micro * self.ranks.size + self.ranks.rank, live.lora_dropout)
-            grads = [p.grad for p in self.parameters if p.grad is not None]
-            self.ranks.add([*grads, ce])
-            for grad in grads if self._scale != 1 else ():
-                grad.div_(self._scale)
-            norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, live.grad_clip or math.inf))
-            ce = float(ce)
-            if math.isfinite(norm) or self._scale == 1 or not math.isfinite(ce):
-                return ce, norm
-            self._scale, self._good = self._scale / 2, 0
-            self.optimizer.zero_grad()
+                number = micro * self.ranks.size + self.ranks.rank
+                ce += self.optimizer.compute(partial(self._backward, batch, n_trained, number, live.lora_dropout))
+            self.ranks.add([ce])
+            loss = float(ce) / max(n_trained, 1)
+            if fault := self._fault(loss):
+                self.optimizer.zero_grad()
+                return loss, math.nan, fault
+            before_update()
+            scaled = self.optimizer.scale > 1
+            norm = self.optimizer.step(lr, live.grad_clip)
+            if math.isfinite(norm) or not scaled:
+                break
+        if not math.isfinite(norm):
+            return loss, norm, f"gradient norm {norm}: not a number"
+        for part in trained_parts(self.model).values():
+            part.use()                    # the model computes with a copy in its own dtype
+        return loss, norm, ""
 
     def _backward(self, batch: Batch, n_trained: int, micro: int, dropout: float) -> Tensor:
         """Add one micro-batch's gradients; returns its Σ cross-entropy."""
@@ -249,35 +263,24 @@ class Trainer:
         def draw(chunk: int) -> None:
             set_dropout_step(self.model, t.random_seed, self.step, f"{micro}.{chunk}", dropout)
 
-        how = {"op": self.op, "grad_cp": t.grad_cp}
+        how, scale = {"op": self.op, "grad_cp": t.grad_cp}, self.optimizer.scale
         if t.chunk_ctx:
             return backward_by_chunks(self.model, batch, n_trained, t.chunk_ctx, truncated=bool(t.truncated_bptt),
-                                      scale=self._scale, before_chunk=draw, **how)
+                                      scale=scale, before_chunk=draw, **how)
         draw(0)
         hidden, _ = self.model.hidden(batch.inputs, starts=batch.starts, keep_state=False, **how)
         loss, ce = head_loss(hidden, self.model.head, batch.targets, batch.mask, n_trained)
-        (loss * self._scale).backward()
+        (loss * scale).backward()
         return ce
 
-    def _fault(self, loss: float, norm: float) -> str:
-        """Why a step's gradients must not be used, or ""."""
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            return f"loss {loss}, gradient norm {norm}: not a number"
+    def _fault(self, loss: float) -> str:
+        """Why a step with this loss must not be used, or ""."""
+        if not math.isfinite(loss):
+            return f"loss {loss}: not a number"
         usual, factor = statistics.median(self._losses or [math.inf]), self.settings.train.spike_factor
         if factor and len(self._losses) >= SPIKE_WINDOW // 5 and loss > factor * usual:
             return f"loss {loss:.4g} is a spike: {loss / usual:.3g} times the median of the steps before ({usual:.4g})"
         return ""
-
-    def _update(self, lr: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        for part in trained_parts(self.model).values():
-            part.use()                    # the model computes with a copy in its own dtype
-        self._good += 1
-        if self._scale > 1 and self._good % SCALE_UP_AFTER == 0:
-            self._scale = min(2 * self._scale, LARGEST_SCALE)
 
     def _peak_memory(self) -> int:
         """Bytes: the allocator's peak on a GPU, the whole process's on a CPU (ru_maxrss is in KiB on Linux)."""
@@ -293,26 +296,35 @@ class Trainer:
         return loss
 
     def save(self, name: int | str) -> list[Path]:
-        """Save adapter-{name}.safetensors and, at an epoch's end with merge=1, rwkv-{name}.pth. Returns the files."""
-        s, adapter = self.settings, self.run.adapter_file(name)
-        if not all(bool(p.isfinite().all()) for p in self.parameters):
-            raise TrainingError("the adapter holds values that are not numbers, and was not saved",
-                                where=f"step {self.step}", fix=_NOT_A_NUMBER)
-        save_adapter(adapter, self.model, s.lora, base_path=s.train.load_model, base_fingerprint=self.base,
-                     template=s.data.template, tokenizer=self.tokenizer.name, epoch=self.epoch, step=self.step)
-        if not (s.train.merge and isinstance(name, int)):
-            return [adapter]
-        merge(s.train.load_model, adapter, self.run.merged_file(name), prove=False)
-        return [adapter, self.run.merged_file(name)]
+        """Save adapter-{name}.safetensors and, at an epoch's end with merge=1, rwkv-{name}.pth. Returns the files.
 
-    def checkpoint(self, live: LiveSettings) -> Checkpoint:
-        """All that resume() needs."""
-        return Checkpoint(
-            step=self.step, adapter=adapter_tensors(self.model), optimizer=self.optimizer.state_dict(),
-            data=self._position, epoch_loss=list(self.epoch_loss), losses=list(self._losses),
-            loss_scale=[self._scale, self._good], live=dataclasses.asdict(live),
-            settings=dataclasses.asdict(self.settings), base=self.base, log_sizes=self.logs.sizes(),
-            finished=self.step >= self.total_steps)
+        All processes call this; the first one writes.
+        """
+        s, files = self.settings, [self.run.adapter_file(name)]
+        files += [self.run.merged_file(name)] if s.train.merge and isinstance(name, int) else []
+        with self.optimizer.whole():
+            if not all(bool(p.isfinite().all()) for p in self.parameters):
+                raise TrainingError("the adapter holds values that are not numbers, and was not saved",
+                                    where=f"step {self.step}", fix=_NOT_A_NUMBER)
+            if not self.ranks.rank:
+                save_adapter(files[0], self.model, s.lora, base_path=s.train.load_model, base_fingerprint=self.base,
+                             template=s.data.template, tokenizer=self.tokenizer.name, epoch=self.epoch, step=self.step)
+        if not self.ranks.rank and len(files) > 1:
+            merge(s.train.load_model, *files, prove=False)
+        return files
+
+    def checkpoint(self, live: LiveSettings) -> None:
+        """Write all that resume() needs. All processes call this; the first one writes."""
+        update = self.optimizer
+        optimizer = update.state_dict()
+        with update.whole():
+            saved = Checkpoint(
+                step=self.step, adapter=adapter_tensors(self.model), optimizer=optimizer, data=self._position,
+                epoch_loss=list(self.epoch_loss), losses=list(self._losses), live=dataclasses.asdict(live),
+                loss_scale=[update.scale, update.good_steps], settings=dataclasses.asdict(self.settings),
+                base=self.base, log_sizes=self.logs.sizes(), finished=self.step >= self.total_steps)
+            if not self.ranks.rank:
+                saved.save(self.run)
 
     def release(self) -> None:
         """Let go of all large tensors; only where the run stands can still be read."""
@@ -329,6 +341,6 @@ class Trainer:
         self.batches.accumulate(saved.live_settings().accumulate_grad_batches)
         self.step, self.epoch_loss = saved.step, list(saved.epoch_loss)
         self._losses.extend(saved.losses)
-        self._scale, self._good = saved.loss_scale
+        self.optimizer.scale, self.optimizer.good_steps = saved.loss_scale
         self._stand()
         self.logs.cut(saved.log_sizes)

@@ -18,8 +18,6 @@ from collections.abc import Mapping, Sequence
 from .. import config
 from ..config import LiveSettings, Settings
 from ..errors import RunError, SettingsError
-from ..generate import generate
-from ..lora.layers import strength
 from ..runs import Run, write_text
 from .checkpoint import Checkpoint, differences, load_checkpoint
 from .loop import Trainer
@@ -68,7 +66,7 @@ class TrainSession(Shrinking, Waiting):
         self._files: list[str] = []
         self._base_answers: list[str] = []
         self._status, self._error = "ready", None
-        self._checkpoint_at = 0.0
+        self._checkpoint_at, self._checkpoint_due = 0.0, False
         self._seconds: deque[float] = deque(maxlen=20)
         self._thread = threading.Thread(target=self._main, name="rwkv_nb training", daemon=True)
         self._thread.session = self       # found by whoever asks for a run that is at work in this process
@@ -181,13 +179,13 @@ class TrainSession(Shrinking, Waiting):
                                  + (f", {self.ranks.size} processes" if self.ranks.size > 1 else ""))
         if saved:
             self.trainer.resume(saved)
-            self._rows = self.run.metrics()
+            self._rows = self.ranks.tell(self.run.metrics() if first else [])
             self._restore_live(saved)
         elif first:
             self.run.save_settings(self.settings)
             write_text(self.run.started_file, json.dumps(self.trainer.description(), indent=2, ensure_ascii=False))
             self.trainer.logs.new_run(self.settings)
-        self._answer(0.0)
+        self._answer(base=True)
 
     def _choose_start(self) -> Checkpoint | None:
         """The checkpoint to go on from, or None for a new run, the earlier one's files moved aside."""
@@ -251,28 +249,29 @@ class TrainSession(Shrinking, Waiting):
             elif _due(live.save_every, trainer.step):
                 self._save_adapter(f"step-{trainer.step}")
             elif _due(live.sample_every, trainer.step):
-                self._answer(1.0)
+                self._answer()
         self._checkpoint(self._read_live())
         return "finished"
 
     def _orders(self) -> Orders:
         """What every process does next; a pause lasts in here, so that all of them keep in touch."""
         while True:
-            mine = self.ranks.ask(Orders(self._read_live(), self._stop, self._save, self.paused))
+            mine = self.ranks.ask(Orders(self._read_live(), self._stop, self._save, self.paused,
+                                         time.monotonic() >= self._checkpoint_at))
             orders = dataclasses.replace(mine[0], stop=any(order.stop for order in mine))
             if orders.save:
                 self._save_adapter(f"step-{self.trainer.step}")
                 if orders.hold:
                     self._checkpoint(orders.live)
             if orders.stop or not orders.hold:
-                self._status = "training"
+                self._status, self._checkpoint_due = "training", orders.checkpoint
                 return orders
             self._status = "paused"
             self._go.wait(0.1)
 
     def _evaluate(self) -> None:
         """Measure the held-out loss; keep the best adapter, warn where it turns up, stop where that was asked for."""
-        if self.ranks.rank or not self.trainer.heldout:
+        if not self.trainer.heldout:
             return
         trainer, now = self.trainer, self.trainer.heldout_loss()
         before = [row["heldout_loss"] for row in self._rows if row.get("event") == "eval"]
@@ -294,13 +293,12 @@ class TrainSession(Shrinking, Waiting):
             self._notices += told
 
     def _checkpoint_if_due(self, live: LiveSettings) -> None:
-        if time.monotonic() >= self._checkpoint_at:
+        if self._checkpoint_due:
             self._checkpoint(live)
 
     def _checkpoint(self, live: LiveSettings) -> None:
-        if not self.ranks.rank:
-            self.trainer.checkpoint(live).save(self.run)
-        self._checkpoint_at = time.monotonic() + self.settings.train.checkpoint_seconds
+        self.trainer.checkpoint(live)
+        self._checkpoint_at, self._checkpoint_due = time.monotonic() + self.settings.train.checkpoint_seconds, False
 
     def _read_live(self) -> LiveSettings:
         """LiveSettings for the next step; events since the last one are written with the steps done so far."""
@@ -322,30 +320,22 @@ class TrainSession(Shrinking, Waiting):
 
     def _save_adapter(self, name: int | str) -> None:
         self._save = False
-        if self.ranks.rank:
-            return
         self._status = "saving"
         files = self.trainer.save(name)
         self._row({"step": self.trainer.step, "event": "save", "name": files[0].name})
         self._checkpoint_at = 0.0         # the next step writes one, once its loss has shown this adapter sound
         with self._lock:
             self._files += [f.name for f in files if f.name not in self._files]  # adapter-best is written anew
-        self._answer(1.0)
+        self._answer()
         self._status = "training"
 
-    def _answer(self, value: float) -> None:
-        """Let base (0) or adapter (1) answer the prompts, on a copy of nothing: the model itself, in eval mode."""
-        if not self.prompts or self.ranks.rank:
-            return
+    def _answer(self, base: bool = False) -> None:
+        """Let the adapter answer the prompts, or the base without it."""
         trainer = self.trainer
-        if value and self._samples and self._samples[-1].step == trainer.step:
+        if not self.prompts or (self._samples and self._samples[-1].step == trainer.step):
             return                        # the best adapter and an epoch's are one: it has just answered
-        trainer.model.eval()
-        with strength(trainer.model, value) if value == 0 else contextlib.nullcontext():
-            answers = generate(trainer.model, trainer.tokenizer, list(self.prompts), max_tokens=self._max_tokens,
-                               op=trainer.op)
-        trainer.model.train()
-        if value == 0:
+        answers = trainer.answers(self.prompts, self._max_tokens, base=base)
+        if base:
             self._base_answers = answers
             return
         with self._lock:

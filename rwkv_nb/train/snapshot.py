@@ -29,6 +29,7 @@ class Orders:
     stop: bool
     save: bool
     hold: bool
+    checkpoint: bool
 
 
 @dataclass(frozen=True)
