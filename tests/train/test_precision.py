@@ -8,7 +8,7 @@ import torch
 from training import steps, train
 
 from rwkv_nb.config import Settings, replace
-from rwkv_nb.data.jsonl import read_jsonl
+from rwkv_nb.data.sources import read_jsonl
 from rwkv_nb.evaluate import exact_match
 from rwkv_nb.lora.adapter import apply_adapter, load_adapter
 from rwkv_nb.model import fingerprint, load_model
