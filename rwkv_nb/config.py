@@ -183,7 +183,8 @@ class TrainSettings:
         "shares out AdamW's averages, _2 the gradient too, _3 the base too, where it is larger than one GPU; _offload "
         "keeps what is shared out in the host's memory. One device needs none. DeepSpeed has run here on CPUs alone",
         "多卡训练策略:auto 即 ddp,每卡一份完整模型;deepspeed_stage_1 分摊 AdamW 状态,_2 再分摊梯度,_3 再分摊基底"
-        "(单卡放不下时用);_offload 把分摊的部分放在内存。单卡不需要。DeepSpeed 目前只在 CPU 上验证过", choices=STRATEGIES)
+        "(单卡放不下时用);_offload 把分摊的部分放在内存。单卡不需要。DeepSpeed 目前只在 CPU 上验证过",
+        choices=STRATEGIES)
     random_seed: int = _option(42, "seed of the order, the initial adapter and dropout", "随机种子", low=0)
     merge: int = _option(1, "1 writes rwkv-{epoch}.pth, the complete merged model, at each save",
                          "1 表示每次保存时同时写出合并后的完整模型", choices=(0, 1))
