@@ -1,7 +1,7 @@
 """Bytes before a run: the real model takes a step without numbers, and every tensor that would live is counted.
 
-A block more costs the same each time, so two and three blocks are computed and the rest follows. Axes: B batch, T time,
-C channels, V vocabulary, L layers.
+A block more costs the same each time, so three and four blocks are computed and the rest follows.
+Axes: B batch, T time, C channels, V vocabulary.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from . import config
-from .config import LoraSettings, Settings
+from .config import LiveSettings, LoraSettings, Settings, TrainSettings
 from .lora.layers import adapter_parameters, attach, set_dropout_step
 from .loss import CHUNK, HEAD_ROWS, SLICE
-from .model import DTYPES, RWKV, Shape
+from .model import DTYPES, RWKV, Shape, State
 from .quant import Held, QuantLinear
 from .wkv import pick_op
 from .wkv.kernels import SAVE
 
 CONTEXT = 500_000_000     # what CUDA, or Python with torch, takes for itself
-CUBLAS = {True: 2**25, False: 2**23 + 2**17}  # its workspace, from Hopper on and before, which torch allocates
 ADAM_BYTES = {"fp32": 8.0, "bf16": 4.0, "8bit": 2 + 8 / 256}
+TRACED = ("precision", "grad_cp", "quant", "quant_double", "micro_bsz", "op")  # what a block's bytes follow from
 
 
 class LiveBytes(TorchDispatchMode):
@@ -59,11 +59,17 @@ class LiveBytes(TorchDispatchMode):
 
         def gone(_):
             del self._seen[key]
-            self.now -= size
+            self.freed(key, size)
 
         self._seen[key] = weakref.ref(storage, gone)
+        self.born(key, size)
+
+    def born(self, key: int, size: int) -> None:
         self.now += size
         self.peak = max(self.peak, self.now)
+
+    def freed(self, key: int, size: int) -> None:
+        self.now -= size
 
 
 @dataclass(frozen=True)
@@ -80,81 +86,88 @@ class Estimate:
 
     @property
     def allocated(self) -> int:
-        """Bytes at the peak without the context: what torch's allocator shows."""
-        return self.total - self.at_peak["context"]
+        """Bytes at the peak that torch's allocator shows."""
+        return self.total - CONTEXT
 
 
 def estimate(shape: Shape, settings: Settings, *, gpu: bool = True) -> Estimate:
-    """The memory of a run on a base of this shape, on a GPU or (gpu=False) on a CPU. Takes about half a second, and no
-    time when asked again. Raises SettingsError as a run would for targets that fit nothing and a quant that is not
-    installed."""
-    t = settings.train
-    keys = ("precision", "grad_cp", "quant", "quant_double", "quant_head", "emb_cpu", "adam_state", "micro_bsz", "op")
+    """The memory of a run on a base of this shape, on each GPU or (gpu=False) in a CPU's memory. Takes about half a
+    second, and no time when asked again. Raises SettingsError as a run would for targets that fit nothing and a quant
+    that is not installed."""
+    t, live = settings.train, settings.train.live
     T = min(settings.data.ctx_len, t.chunk_ctx or settings.data.ctx_len)
-    return _estimate(shape, settings.lora, T, gpu, t.live.accumulate_grad_batches > 1, t.live.lora_dropout > 0,
-                     tuple((key, getattr(t, key)) for key in keys))
-
-
-@functools.lru_cache(4096)
-def _estimate(shape: Shape, lora: LoraSettings, T: int, gpu: bool, accumulates: bool, drops: bool, asked: tuple
-              ) -> Estimate:
-    t = dict(asked)
-    blocks = tuple((key, t[key]) for key in ("precision", "grad_cp", "quant", "quant_double", "micro_bsz", "op"))
-    two, three = (_step(dataclasses.replace(shape, n_layer=n, vocab_size=1), lora, T, gpu, accumulates, drops, blocks)
-                  for n in (2, 3))
-    L, each = shape.n_layer, {key: three[key] - two[key] for key in two}
-    whole = {key: two[key] + (L - 2) * each[key] for key in two}
-    V, C, itemsize, trained = shape.vocab_size, shape.n_embd, DTYPES[t["precision"]].itemsize, whole["lora"]
-    weights = whole["weights"] + V * C * itemsize * (not (gpu and t["emb_cpu"]))
-    weights += V * (C + itemsize) if t["quant_head"] else V * C * itemsize
+    chunked, joined = T < settings.data.ctx_len, t.devices * t.num_nodes > 1
+    accumulates = chunked or live.accumulate_grad_batches > 1
+    traced = TrainSettings(
+        **{name: getattr(t, name) for name in TRACED}, chunk_ctx=T * chunked,
+        live=LiveSettings(accumulate_grad_batches=1 + accumulates, lora_dropout=live.lora_dropout))
+    n = min(shape.n_layer, 4)  # from the fourth on, a block more brings the same to the peak, whatever moment that is
+    fewer, few = (_step(dataclasses.replace(shape, n_layer=max(m, 1), vocab_size=1), settings.lora, T, gpu, traced)
+                  for m in (n - 1, n))
+    each = {key: few[key] - fewer[key] for key in few}
+    whole = {key: few[key] + (shape.n_layer - n) * each[key] for key in few}
+    V, C, itemsize, trained = shape.vocab_size, shape.n_embd, DTYPES[t.precision].itemsize, whole["lora"]
+    weights = whole["weights"] + V * C * itemsize * (not (gpu and t.emb_cpu))
+    weights += V * (C + itemsize) if t.quant_head else V * C * itemsize
     largest = {"weights": weights, "LoRA": trained, "gradients": trained,
-               "optimizer": round(trained / 4 * ADAM_BYTES[t["adam_state"]]), "checkpoints": whole["forward"],
+               "optimizer": round(trained / 4 * ADAM_BYTES[t.adam_state]), "checkpoints": whole["forward"],
                "block peak": whole["backward"] - max(whole["forward"], trained * (not accumulates)),
-               "loss": _loss_bytes(shape, T, t, gpu), "context": CONTEXT}
+               "loss": _loss_bytes(shape, T, t, gpu), "context": CONTEXT + (_workspaces() if gpu else 0)}
     # Backward frees checkpoints and brings gradients, block by block: whichever is more a block says where the peak is.
     at_top = accumulates or each["forward"] > each["lora"]
-    moment = {"gradients": trained if accumulates else 0, "checkpoints": whole["forward"], "block peak": 0,
-              "loss": largest["loss"]}
-    other = {"gradients": trained if accumulates or not at_top else 0,
-             "checkpoints": whole["forward"] if at_top else 0, "loss": 0}
-    other["block peak"] = whole["backward"] + trained * accumulates - sum(other.values())
-    moment = max(moment, other, key=lambda parts: sum(parts.values()))
-    return Estimate(largest, {key: moment.get(key, value) for key, value in largest.items()})
+    moments = [{"gradients": trained * accumulates, "checkpoints": whole["forward"], "loss": largest["loss"]},
+               {"gradients": trained if accumulates or not at_top else 0, "checkpoints": whole["forward"] * at_top},
+               {"gradients": trained, "block peak": trained * joined}]  # summed over processes in one flat copy
+    moments[1]["block peak"] = whole["backward"] + trained * accumulates - sum(moments[1].values())
+    moment = dict.fromkeys(("gradients", "checkpoints", "block peak", "loss"), 0) | max(
+        moments, key=lambda parts: sum(parts.values()))
+    return Estimate(largest, largest | moment)
+
+
+def _workspaces() -> int:
+    """Bytes that torch allocates for cuBLAS: for forward's thread and for autograd's, each 32 MiB from Hopper on."""
+    new = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9
+    return 2 * (2**25 if new else 2**23 + 2**17)
+
+
+def numberless(shape: Shape, lora: LoraSettings, t: TrainSettings) -> RWKV:
+    """The model of a run with its adapter, in a FakeTensorMode: sizes without numbers. Its head is as the base's."""
+    model = RWKV(shape, dtype=DTYPES[t.precision])
+    for name, module in list(model.blocks.named_modules()) if t.quant != "none" else ():
+        if isinstance(module, nn.Linear):
+            model.blocks.set_submodule(name, QuantLinear(_Sizes(module, t.quant, bool(t.quant_double))))
+    attach(model, lora, seed=0)
+    set_dropout_step(model.train(), 0, 0, 0, t.live.lora_dropout)
+    return model
 
 
 @functools.lru_cache(4096)
-def _step(shape: Shape, lora: LoraSettings, T: int, gpu: bool, accumulates: bool, drops: bool, asked: tuple) -> dict:
+def _step(shape: Shape, lora: LoraSettings, T: int, gpu: bool, t: TrainSettings) -> dict:
     """Forward and backward of a small model without numbers. Bytes: weights (of emb and head none), lora; forward:
     activations that are kept for backward; backward: the most of activations and new gradients together."""
-    t = dict(asked)
-    dtype, B, C = DTYPES[t["precision"]], t["micro_bsz"], shape.n_embd
-    op = pick_op(t["op"] if t["op"] in ("torch", "chunked") else "auto", "cpu", dtype, shape.generation)
+    dtype, B, C = DTYPES[t.precision], t.micro_bsz, shape.n_embd
+    op = pick_op(t.op if t.op in ("torch", "chunked") else "auto", "cpu", dtype, shape.generation)
+    state = after = None
     with FakeTensorMode(), LiveBytes() as live:
-        model = RWKV(shape, dtype=dtype)
-        for name, module in list(model.blocks.named_modules()):
-            if t["quant"] != "none" and isinstance(module, nn.Linear):
-                model.blocks.set_submodule(name, QuantLinear(_Sizes(module, t["quant"], bool(t["quant_double"]))))
-                del module
-        weights = live.now - 2 * C * dtype.itemsize  # emb and head are counted on their own
-        attach(model, lora, seed=0)
-        set_dropout_step(model.train(), 0, 0, 0, 0.01 * drops)
+        model = numberless(shape, lora, t)
         parameters = list(adapter_parameters(model))
         trained = sum(p.nbytes for p in parameters)
-        for p in parameters if accumulates else ():
+        weights = live.now - trained - 2 * C * dtype.itemsize  # emb and head are counted on their own
+        for p in parameters if t.live.accumulate_grad_batches > 1 else ():
             p.grad = torch.zeros_like(p)
         before = live.now
         tokens = torch.zeros(B, T, dtype=torch.long)
-        hidden, _ = model.hidden(tokens, op=op, grad_cp=t["grad_cp"], keep_state=False)
+        if t.chunk_ctx:  # the state before a chunk, and the gradient of the one behind it
+            state, after = (State(*(part.requires_grad_() for part in model.zero_state(B))) for _ in range(2))
+        hidden, kept = model.hidden(tokens, state, op=op, grad_cp=t.grad_cp, keep_state=bool(t.chunk_ctx))
         forward, live.peak = live.now - before, live.now
-        hidden.backward(torch.empty_like(hidden))
+        torch.autograd.backward([hidden, *(kept or ())], [torch.empty_like(hidden), *(after or ())])
         backward = live.peak - before
-    if gpu:
-        hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9
-        backward += CUBLAS[hopper]
     if gpu and op == "cpu":  # the GPU's kernels keep states too, for as long as a block keeps anything
         states = -(-T // SAVE) * B * C * shape.head_size * 4
-        forward += states * shape.n_layer * (t["grad_cp"] != "block")
-        backward += states * (1 if t["grad_cp"] == "block" else shape.n_layer)
+        forward += states * shape.n_layer * (t.grad_cp != "block")
+        backward += states * (1 if t.grad_cp == "block" else shape.n_layer)
+        backward += B * T * C * 4 * (shape.generation == 7)  # wkv7's backward has one tensor for itself
     return {"weights": weights, "lora": trained, "forward": forward, "backward": backward}
 
 
@@ -164,7 +177,7 @@ class _Sizes(Held):
     def __init__(self, like: nn.Linear, kind: str, double: bool):
         W, self.kind = like.weight, kind
         self.shape, self.dtype, self.device = W.shape, W.dtype, W.device
-        n, rows = like.weight.numel(), like.out_features
+        n, rows = W.numel(), like.out_features
         scales = rows * self.dtype.itemsize if kind == "int8" else n // 64 + n // 4096 if double else n // 16
         self.codes = torch.empty((n if kind == "int8" else n // 2) + scales, dtype=torch.uint8)
 
@@ -175,13 +188,13 @@ class _Sizes(Held):
         return dense
 
 
-def _loss_bytes(shape: Shape, T: int, t: dict, gpu: bool) -> int:
+def _loss_bytes(shape: Shape, T: int, t: TrainSettings, gpu: bool) -> int:
     """What head_loss needs beside the hidden states: their copy and gradient, logits of some rows, fp32 copies."""
-    V, C, itemsize = shape.vocab_size, shape.n_embd, DTYPES[t["precision"]].itemsize
-    tokens = t["micro_bsz"] * T
+    V, C, itemsize = shape.vocab_size, shape.n_embd, DTYPES[t.precision].itemsize
+    tokens = t.micro_bsz * T
     rows = min(CHUNK, tokens)
     fp32 = (rows if gpu else min(max(SLICE // V, 1), rows)) * V * (4 if itemsize == 4 else 8)
-    head = min(HEAD_ROWS, V) * C * itemsize if t["quant_head"] else 0
+    head = min(HEAD_ROWS, V) * C * itemsize if t.quant_head else 0
     return 2 * tokens * C * itemsize + rows * V * itemsize + max(fp32, head)
 
 
