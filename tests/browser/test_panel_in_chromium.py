@@ -14,7 +14,7 @@ from lab import browser_page, chromium_path, jupyter_lab, run_all  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 240     # for any one thing to happen, on a machine that does much else
-PARAMETERS = "\nMICRO_BSZ, EPOCH_STEPS, EPOCH_COUNT = 4, 350, 2"   # small steps, enough for a hand on the slider
+PARAMETERS = "\nMICRO_BSZ, EPOCH_STEPS, EPOCH_COUNT = 4, 350, 1"   # small steps, enough for a hand on the slider
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_run_all_slider_pause_reload(scratch):
         until(lambda: events(run, "pause"), "the pause in metrics.jsonl")
         button("Resume").wait_for()
         held = steps(run)
-        assert not run.adapter_file(1).exists(), "the first epoch was over before Pause was pressed"
+        assert not run.adapter_file(1).exists(), "the epoch was over before Pause was pressed"
 
         page.keyboard.press("Control+s")
         until(lambda: "widget-view+json" in notebook.read_text(), "the notebook to be saved with its panel")
@@ -92,4 +92,4 @@ def test_run_all_slider_pause_reload(scratch):
     rows = run.metrics()
     assert [row["event"] for row in rows if row.get("event") in ("change", "pause", "resume")] == \
         ["change", "pause", "resume"]
-    assert run.adapter_file(1).exists() and run.adapter_file(2).exists()
+    assert run.adapter_file(1).exists()
