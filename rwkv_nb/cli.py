@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 import time
@@ -40,13 +41,17 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, or 1 with the error on stderr."""
+    """Run one command; returns the exit code: 0, or 1 where it failed, with the reason on stderr."""
     try:
         arguments = parser().parse_args(argv)
         return arguments.command(arguments) or 0
     except RwkvNbError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+    except BrokenPipeError:     # of `rwkv-nb settings | head`: Python would complain again as it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
 
 
 def parser() -> argparse.ArgumentParser:
@@ -148,11 +153,7 @@ def settings_from(flags: dict) -> tuple[Run, Settings]:
         raise SettingsError("proj_dir is not given", where="--proj_dir", fix="name a folder for the run's files")
     run = Run(flags["proj_dir"])
     start = Settings() if {"load_model", "data_file"} <= set(flags) else run.settings()
-    return run, _replaced(start, flags)
-
-
-def _replaced(settings, flags: dict):
-    return config.replace(settings, **{k: tuple(v) if isinstance(v, list) else v for k, v in flags.items()})
+    return run, config.replace(start, **flags)
 
 
 def flags_of(arguments: argparse.Namespace) -> dict:
@@ -191,7 +192,7 @@ def _data(arguments) -> tuple:
     from .model import load_weights, read_shape
     from .tokenizer import get_tokenizer
 
-    data = _replaced(DataSettings(), {k: v for k, v in vars(arguments).items() if hasattr(DataSettings, k)})
+    data = config.replace(DataSettings(), **{k: v for k, v in vars(arguments).items() if hasattr(DataSettings, k)})
     rows = read_shape(load_weights(arguments.load_model)).vocab_size if arguments.load_model else None
     return data, get_tokenizer("world" if (data.tokenizer, rows) == ("auto", None) else data.tokenizer, rows)
 

@@ -258,7 +258,8 @@ def _has_type_of(default, value) -> bool:
 
 
 def replace(settings, **changes):
-    """A checked copy with fields changed, found by name at any depth: replace(s, r=64, lr_init=1e-4).
+    """A checked copy with fields changed, found by name at any depth: replace(s, r=64, lr_init=1e-4). A list is taken
+    for a tuple.
 
     Raises SettingsError for a name that no field has (with the nearest right one) or a bad value.
     """
@@ -267,7 +268,7 @@ def replace(settings, **changes):
         if name not in known:
             raise SettingsError(f"there is no setting {name!r}", where=name,
                                 fix=did_you_mean(name, known, f"known: {', '.join(known)}"))
-    new = _replaced(settings, changes)
+    new = _replaced(settings, {name: tuple(v) if isinstance(v, list) else v for name, v in changes.items()})
     check(new)
     return new
 

@@ -49,11 +49,15 @@ def test_a_value_outside_bounds_choices_or_type_is_refused_by_name(name):
     rule, kind = FIELDS[name].metadata, type(FIELDS[name].default)
     wrong = [None, b"bytes"] + ([math.nan, math.inf] if kind is float else []) + ([1.5, "3"] if kind is int else [])
     wrong += [rule[side] + step for side, step in (("low", -1), ("high", 1)) if rule[side] is not None]
-    wrong += ["atuo"] * bool(rule["choices"]) + [["att.key"], "att.key", (1,)] * (kind is tuple)
+    wrong += ["atuo"] * bool(rule["choices"]) + [[1], "att.key", (1,)] * (kind is tuple)
     for value in wrong:
         with pytest.raises(SettingsError) as caught:
             replace(Settings(), **{name: value})
         assert caught.value.where == name
+
+
+def test_a_list_of_words_is_taken():
+    assert replace(Settings(), target_modules=["att.key"]) == replace(Settings(), target_modules=("att.key",))
 
 
 def test_nearest_right_name_and_choice_are_offered():

@@ -1,6 +1,8 @@
 """The command line: the same engine, the tutorial's names, clear refusals."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -71,6 +73,12 @@ def test_mistakes_are_answered_with_the_mend(tmp_path, monkeypatch, capsys, argu
     assert error.startswith("error: ")
     assert said in error
     assert "Traceback" not in error
+
+
+def test_the_table_ends_quietly_where_it_is_read_no_further():
+    program = f"{sys.executable} -m rwkv_nb.cli settings | head -c 9"
+    done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "| | defau" and done.stderr == ""
 
 
 def test_a_preset_sets_what_is_not_given_and_old_words_for_checkpointing_still_do():
