@@ -1,37 +1,28 @@
-// What the GPU kernels of every RWKV version share. No torch headers: a host compiler can run the same source on a
-// CPU (tests/wkv/host.h), which is how the arithmetic is tested where there is no GPU.
-//
-// A head's state S is [V,K] (value, key), and so is its gradient G. Their rows are independent over time (the values
-// pass), and once the values pass is done so are their columns (the keys pass). So a head is split over several
-// blocks; in a block, LANES neighbouring threads share a row or a column, and each holds every LANES-th quad of it.
+// What the passes of wkv_gpu.cu have in common. No torch headers: a host compiler can run the same source on a CPU
+// (tests/wkv/host.h), which is how the arithmetic is tested where there is no GPU.
 #pragma once
+#include "wkv_gpu.h"
+#include <cstring>
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <cstdint>
 #define LAUNCH(blocks, stream, kernel, ...) \
   kernel<<<static_cast<unsigned>(blocks), THREADS, 0, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
 #else
 #include "host.h"
 #endif
 
-// Blocks of the keys pass that share a multiprocessor, which bounds their registers: more would spill.
+// Large blocks that share a multiprocessor, which bounds their registers: more would spill.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-#define KEYS_BLOCKS 2
+#define CROWD 3
 #else
-#define KEYS_BLOCKS 3
+#define CROWD 4
 #endif
 
 namespace rwkv_nb {
 
-constexpr int THREADS = 128;    // a block
-constexpr int STEPS = 8;        // of the values pass between two barriers
-constexpr int SAVE = 16;        // distance of saved states, and steps of the keys pass between two barriers
-constexpr int PART = 4;         // of these, steps whose states are in registers at once
-constexpr int64_t FEW = 256;    // heads: below, more threads share a row, for time rather than threads is short
-constexpr int REFUSED = -1;     // what a launcher returns for a size or type that has no kernel
-
-struct Size { int64_t B, T, H; };
+constexpr int THREADS = 128;   // a block
+constexpr int N = 64;          // channels of a head
 
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
@@ -40,33 +31,56 @@ __device__ inline void from_float(float& to, float x) { to = x; }
 __device__ inline void from_float(__nv_bfloat16& to, float x) { to = __float2bfloat16_rn(x); }
 __device__ inline void from_float(__half& to, float x) { to = __float2half_rn(x); }
 
-// Four numbers that lie side by side and travel as one.
-template <typename Real> struct __align__(4 * sizeof(Real)) Quad { Real x[4]; };
-using Quads = Quad<float>;
+// Four numbers that lie side by side and travel as one: in memory, where they are words of 32 bits, and as floats.
+template <typename Real> struct __align__(4 * sizeof(Real)) Quad { uint32_t words[sizeof(Real)]; };
+struct __align__(16) Quads { float x[4]; };
 
 __device__ inline const Quads& quad(const float* x) { return *reinterpret_cast<const Quads*>(x); }
 __device__ inline Quads& quad(float* x) { return *reinterpret_cast<Quads*>(x); }
 
+template <typename Real> __device__ inline Quads unpack(const Quad<Real>& from) {
+  Real x[4];
+  memcpy(x, from.words, sizeof x);
+  return {to_float(x[0]), to_float(x[1]), to_float(x[2]), to_float(x[3])};
+}
+template <typename Real> __device__ inline Quad<Real> pack(const Quads& from) {
+  Real x[4];
+  Quad<Real> to;
+  for (int i = 0; i < 4; ++i) from_float(x[i], from.x[i]);
+  memcpy(to.words, x, sizeof x);
+  return to;
+}
+
 // e = exp(w), the rate of a raw decay input; the decay is exp(-e). From w = 4.7 the decay is 0 in float32 anyway, and
-// holding w there keeps e finite. (Written so that a NaN stays one.)
-__device__ inline float decay_rate(float w) { return expf(w > 4.7f ? 4.7f : w); }
-__device__ inline float decay(float w) { return expf(-decay_rate(w)); }
-__device__ inline float decay_slope(float w) { return -decay_rate(w) * decay(w); }  // of the decay, by w
+// holding w there keeps e finite. (Written so that a NaN stays one.) What a step adds to a state X is X · change:
+// near 1 the decay itself would be rounded, the same way at every step, and thousands of them would add that up.
+__device__ inline float rate(float w) { return expf(w > 4.7f ? 4.7f : w); }
+__device__ inline float change(float w) { return expm1f(-rate(w)); }
 __device__ inline float same(float x) { return x; }
 
-// The sum over WIDTH neighbouring threads, in each of them.
-template <int WIDTH> __device__ inline float sum(float x) {
-#pragma unroll
-  for (int far = WIDTH / 2; far > 0; far /= 2) x += __shfl_xor_sync(0xffffffffu, x, far);
-  return x;
-}
-template <int WIDTH> __device__ inline float sum(const float (&x)[4]) { return sum<WIDTH>((x[0] + x[1]) + (x[2] + x[3])); }
+// A thread's place in its block, and its lane: the LANES threads of one place share rows (or columns) of the state,
+// and each holds every LANES-th quad of them. Threads that differ in bit 0 have one lane, those that differ in bit 1
+// one place: so the 16 bytes that each lane reads of shared memory, and the 8 of each place, come in the fewest turns.
+template <int LANES> struct Spot {
+  static constexpr int WIDE = LANES == 8 ? 5 : 4;   // bits 1, 3 (and 4) are the lane's
+  const int t = threadIdx.x, lane = (t >> 1 & 1) | (t >> 3 & (LANES / 2 - 1)) << 1,
+            place = (t & 1) | (t >> 2 & 1) << 1 | t >> WIDE << 2;
+  __device__ int at(int i) const { return (i / 4 * LANES + lane) * 4 + i % 4; }  // channel of the i-th number held
+};
 
-// ROWS steps of a tensor, COUNT numbers of each, on their way to shared memory: `fetch` asks for them, and the wait
+// The sum over the lanes of a place, in each of them.
+template <int LANES> __device__ inline float sum(float x) {
+  x += __shfl_xor_sync(0xffffffffu, x, 2);
+  x += __shfl_xor_sync(0xffffffffu, x, 8);
+  return LANES == 8 ? x + __shfl_xor_sync(0xffffffffu, x, 16) : x;
+}
+template <int LANES> __device__ inline float sum(const float (&x)[4]) { return sum<LANES>((x[0] + x[1]) + (x[2] + x[3])); }
+
+// STEPS steps of a tensor, COUNT numbers of each, on their way to shared memory: `fetch` asks for them, and the wait
 // for global memory passes behind the steps before. Row t lies at from + t * stride; a row that does not exist, and
 // any row of a null pointer, reads as `fill`.
-template <typename Real, int ROWS, int COUNT> struct Rows {
-  static constexpr int QUADS = ROWS * COUNT / 4, EACH = (QUADS + THREADS - 1) / THREADS;
+template <typename Real, int COUNT> struct Rows {
+  static constexpr int QUADS = STEPS * COUNT / 4, EACH = (QUADS + THREADS - 1) / THREADS;
   Quad<Real> q[EACH];
 
   static __device__ bool mine(int i) { return QUADS % THREADS == 0 || threadIdx.x + i * THREADS < QUADS; }
@@ -77,68 +91,45 @@ template <typename Real, int ROWS, int COUNT> struct Rows {
 #pragma unroll
     for (int i = 0; i < EACH; ++i) {
       const int64_t t = t0 + row(i);
-      if (from && mine(i) && t >= 0 && t < T) q[i] = *reinterpret_cast<const Quad<Real>*>(from + t * stride + column(i));
-      else
-        for (int j = 0; j < 4; ++j) from_float(q[i].x[j], fill);
+      q[i] = from && mine(i) && t >= 0 && t < T
+                 ? *reinterpret_cast<const Quad<Real>*>(from + t * stride + column(i))
+                 : pack<Real>({fill, fill, fill, fill});
     }
-  }
-  __device__ Quads floats(int i) const {
-    Quads x;
-    for (int j = 0; j < 4; ++j) x.x[j] = to_float(q[i].x[j]);
-    return x;
   }
   template <typename Of> __device__ void store(float* to, Of of) const {
 #pragma unroll
     for (int i = 0; i < EACH; ++i)
       if (mine(i)) {
-        Quads x = floats(i);
-        for (int j = 0; j < 4; ++j) x.x[j] = of(x.x[j]);
-        quad(to + row(i) * COUNT + column(i)) = x;
+        const Quads x = unpack(q[i]);
+        quad(to + row(i) * COUNT + column(i)) = {of(x.x[0]), of(x.x[1]), of(x.x[2]), of(x.x[3])};
       }
   }
   __device__ void store(float* to) const { store(to, same); }
 
-  // The way back: rows of shared memory to the steps from t0 that exist.
+  // The way back: rows of shared memory to the steps from t0 that exist. Each thread reads what it has `store`d.
   static __device__ void flush(const float* from, Real* to, int64_t stride, int64_t t0, int64_t T) {
 #pragma unroll
     for (int i = 0; i < EACH; ++i)
-      if (to && mine(i) && t0 + row(i) < T) {
-        const Quads x = quad(from + row(i) * COUNT + column(i));
-        Quad<Real> y;
-        for (int j = 0; j < 4; ++j) from_float(y.x[j], x.x[j]);
-        *reinterpret_cast<Quad<Real>*>(to + (t0 + row(i)) * stride + column(i)) = y;
-      }
+      if (to && mine(i) && t0 + row(i) < T)
+        *reinterpret_cast<Quad<Real>*>(to + (t0 + row(i)) * stride + column(i)) =
+            pack<Real>(quad(from + row(i) * COUNT + column(i)));
   }
 };
 
-// What a thread holds of row `at` of a state (of column `at`: ACROSS), from memory and back. A null pointer is zeros.
-template <int N, int LANES, bool ACROSS> struct Share {
-  static constexpr int COUNT = N / LANES;
-  static __device__ int index(int i, int lane) { return (i / 4 * LANES + lane) * 4 + i % 4; }
-  static __device__ void load(float (&X)[COUNT], const float* state, int at, int lane) {
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i)
-      X[i] = !state ? 0 : ACROSS ? state[index(i, lane) * N + at] : state[at * N + index(i, lane)];
-  }
-  static __device__ void save(const float (&X)[COUNT], float* state, int at, int lane) {
-#pragma unroll
-    for (int i = 0; i < COUNT; i += 4) {
-      Quads x;
-      for (int j = 0; j < 4; ++j) x.x[j] = X[i + j];
-      if (!ACROSS) quad(state + at * N + index(i, lane)) = x;
-      else
-        for (int j = 0; j < 4; ++j) state[index(i + j, lane) * N + at] = x.x[j];
-    }
-  }
+template <typename Real, typename Decay> struct Inputs {
+  int64_t T, H, w_stride;          // from one step's w to the next one's; 0: one w [H,N] for all steps
+  const Real *r, *k, *v, *a, *b;
+  const Decay* w;
+  const float* u;
 };
 
-// work(Real()) for the type of a number: 0 float, 1 bfloat16, 2 half. Returns 0, REFUSED or a cudaError_t.
-template <typename Work> int by_type(int type, int64_t N, const Work& work) {
-  if (N != 64 || type < 0 || type > 2) return REFUSED;
-  if (type == 0) work(float());
-  else if (type == 1) work(__nv_bfloat16());
-  else work(__half());
-  return static_cast<int>(cudaGetLastError());
-}
+// What a block works on: where its head's numbers and states begin, and the first of its SPAN rows or columns.
+template <int SPAN> struct Part {
+  int64_t head, h, base, stride, w;
+  int first;
+  template <typename In> __device__ explicit Part(const In& x)
+      : head(blockIdx.x / (N / SPAN)), h(head % x.H), base((head / x.H * x.T * x.H + h) * N), stride(x.H * N),
+        w(x.w_stride ? base : h * N), first(blockIdx.x % (N / SPAN) * SPAN) {}
+};
 
 }  // namespace rwkv_nb

@@ -66,6 +66,11 @@ inline float __shfl_xor_sync(unsigned, float x, int far) {
   host::wait(host::warps[host::self / 32], 32);
   return slot[host::self ^ far];
 }
+inline bool __any_sync(unsigned all, bool x) {
+  float any = x;
+  for (int far = 1; far < 32; far *= 2) any += __shfl_xor_sync(all, any, far);
+  return any > 0;
+}
 
 namespace host {
 

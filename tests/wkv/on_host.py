@@ -36,11 +36,14 @@ def results(wkv, inputs, upstream, dtype=None):
     return [y, last, *torch.autograd.grad(outs, wanted, grads, allow_unused=True, materialize_grads=True)]
 
 
-def errors(version, T, B=1, H=1, N=64, dtype="float32", state=True, wide=False, only=None, odd=False, way=None):
+def errors(version, T, B=1, H=1, N=64, dtype="float32", state=True, wide=False, only=None, odd=False, slow=False,
+           way=None):
     """way: what to test, by default the operators. only: "y" or "last", the one result that is used. odd: mixed
-    dtypes, no tensor whole or at a round address."""
+    dtypes, no tensor whole or at a round address. slow: decays so near 1 that thousands of steps are remembered."""
     dtype, way = getattr(torch, dtype), way or functools.partial(kernels.run, f"wkv{version}")
     *inputs, first = realistic_inputs(B, T, H, N, version=version, wide=wide)
+    if slow:
+        inputs[1].uniform_(-10, -6)
     inputs = [x.to(dtype) for x in inputs] + [first if state else None]
     if odd:
         inputs[1] = inputs[1].bfloat16()
