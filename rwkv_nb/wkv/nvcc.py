@@ -68,7 +68,8 @@ def load_cuda_kernels() -> None:
 def build_for(architectures: list[str]) -> None:
     """Load the GPU kernels for architectures such as "sm_90" from the cache, compiling them first if need be."""
     nvcc = find_nvcc()
-    stem = "wkv_cuda-" + digest(read_sources("*.cu*", "wkv_gpu.h", "wkv_cuda.cpp"), torch.__version__, *FLAGS, *architectures)
+    stem = "wkv_cuda-" + digest(read_sources("*.cu*", "wkv_gpu.h", "wkv_cuda.cpp"), torch.__version__, *FLAGS,
+                                *architectures)
     load_library(stem, nvcc.version if nvcc else "", lambda folder: _build(nvcc, architectures, folder))
 
 
