@@ -91,7 +91,8 @@ class Trainer:
         for name, value in (("load_model", t.load_model), ("data_file", settings.data.data_file or
                                                            settings.data.data_type == "dummy")):
             if not value:
-                raise SettingsError(f"{name} is not given", where=name, fix="set it, or run 01_prepare_data first")
+                raise SettingsError(f"{name} is not given", where=name, fix="set it, or run 01_prepare_data first; a "
+                                    "model from scratch is made in Python, as in data_samples/make_base.py")
         self.run, self.settings, self.ranks = run, settings, ranks or Ranks()
         self.device = pick_device(t.accelerator, self.ranks.local)
         if self.device.type == "cpu":

@@ -178,8 +178,8 @@ class LengthSlider(widgets.VBox):
 def fit_text(found: Fit, packed: bool) -> str:
     """A Fit in a sentence."""
     rest = f"packed into {found.rows:,} rows or a few more, no padding" if packed else f"{found.padding:.1%} padding"
-    return (f"{found.cut:.1%} of the documents are longer and are split ({found.lost:.1%} of the tokens would be lost "
-            f"if they were cut) · {found.pieces:,} pieces · {rest}")
+    return (f"{found.cut:.1%} of the documents are split (cutting would lose {found.lost:.1%} of the tokens) · "
+            f"{found.pieces:,} pieces · {rest}")
 
 
 class DocumentBrowser(widgets.VBox):
