@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .errors import SettingsError
 from .model import RWKV, State
-from .wkv import pick_op
+from .model.token7 import TokenSteps
 
 PREFILL = 512  # tokens of a prompt that are read at once
 DECAY = 0.996  # of a penalty, a token (as in ChatRWKV): what was written long ago may come again
@@ -110,10 +110,8 @@ def _run(model: RWKV, rows: list[_Row], how: Sampling, op: str, state: State | N
     The shortest prompt's length is read at once; then a row that is still in its prompt is fed that, another its own
     token. Finished rows leave the batch.
     """
-    device = model.emb.weight.device
-    # One step of the chunked form is the definition with more work around it.
-    step_op = "torch" if pick_op(op, device, model.emb.weight.dtype, model.shape.generation) == "chunked" else op
     with eval_mode(model):
+        step = TokenSteps(model, op)
         fed = min(len(row.prompt) for row in rows)
         hidden, state = read(model, [row.prompt[:fed] for row in rows], state, op=op)
         while True:
@@ -128,7 +126,7 @@ def _run(model: RWKV, rows: list[_Row], how: Sampling, op: str, state: State | N
             if len(going) < len(rows):
                 rows, chosen = [rows[i] for i in going], [chosen[i] for i in going]
                 state = State(*(part[:, going] for part in state))
-            hidden, state = model.hidden(torch.tensor(chosen, device=device)[:, None], state, op=step_op)
+            hidden, state = step(chosen, state)
             fed += 1
 
 

@@ -82,7 +82,7 @@ class RWKV(nn.Module):
         s, weight = self.shape, self.ln_out.weight
         x = weight.new_zeros(s.n_layer, batch, s.n_embd)
         wkv = torch.zeros(s.n_layer, batch, s.n_head, s.head_size, s.head_size, device=weight.device)
-        return State(x, wkv, x)
+        return State(x, wkv, x.clone())
 
     def hidden(self, tokens: Tensor, state: State | None = None, *, op="auto", grad_cp="none",
                keep_state=True, starts: Tensor | None = None) -> tuple[Tensor, State | None]:
