@@ -74,3 +74,25 @@ def differences(checkpoint: Checkpoint, settings: Settings) -> list[str]:
     then, now = (config.values(each) for each in (config.from_dict(Settings, checkpoint.settings), settings))
     return [f"{name}: {then[name]!r} → {value!r}" for name, value in now.items()
             if name not in FREE and then[name] != value]
+
+
+def to_resume(run: Run, settings: Settings, start: str) -> tuple[Checkpoint | None, str]:
+    """The checkpoint that a run goes on from, or None and the reason; `start` as of TrainSession.
+
+    Raises RunError where "resume" asks for what cannot be.
+    """
+    if start == "fresh":
+        return None, "start='fresh'"
+    saved = load_checkpoint(run)
+    if saved is None:
+        reason = "it had no checkpoint"
+    elif changed := differences(saved, settings):
+        reason = f"settings changed: {'; '.join(changed)}"
+    elif saved.finished:
+        reason = "it was finished"
+    else:
+        return saved, ""
+    if start == "resume":
+        raise RunError(f"cannot go on from a checkpoint: {reason}", where=run.checkpoint_file,
+                       fix="set the settings back, or use start='fresh'")
+    return None, reason

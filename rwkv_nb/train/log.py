@@ -17,16 +17,18 @@ from ..runs import Run
 class Logs:
     """Appends to both files; sizes() and cut() let a resumed run drop what came after its checkpoint.
 
-    write=False keeps silent, for all processes of a run but the first. wandb: a project that gets the rows too.
+    write=False keeps silent, for all processes of a run but the first. The project that settings.train.wandb names
+    gets the rows too.
     """
 
-    def __init__(self, run: Run, *, write: bool = True, wandb: str = ""):
+    def __init__(self, run: Run, settings: config.Settings, *, write: bool = True):
+        self._settings = settings
         self._files = {"metrics": run.metrics_file, "train_log": run.log_file}
-        self._write, self._wandb = write, _open_wandb(wandb, run) if write and wandb else None
+        self._write, self._wandb = write, _open_wandb(run, settings) if write and settings.train.wandb else None
 
-    def new_run(self, settings: config.Settings) -> None:
+    def new_run(self) -> None:
         """Head of a new run in train_log.txt."""
-        self._append("train_log", f"NEW RUN {datetime.now():%Y-%m-%d-%H-%M-%S}\n{config.to_json(settings)}\n")
+        self._append("train_log", f"NEW RUN {datetime.now():%Y-%m-%d-%H-%M-%S}\n{config.to_json(self._settings)}\n")
 
     def row(self, row: dict) -> None:
         """One line of metrics.jsonl: a step's figures, or an event such as a changed setting."""
@@ -50,6 +52,11 @@ class Logs:
             if path.exists() and path.stat().st_size > size:
                 os.truncate(path, size)
 
+    def close(self) -> None:
+        """Let wandb write what it still holds."""
+        if self._wandb:
+            self._wandb.finish()
+
     def _append(self, name: str, text: str) -> None:
         if not self._write:
             return
@@ -63,7 +70,27 @@ class Logs:
                            fix="free some disk space, then resume: the last checkpoint is whole") from error
 
 
-def _open_wandb(project: str, run: Run):
+def _open_wandb(run: Run, settings: config.Settings):
+    """A wandb run; one that goes on from a checkpoint is another one in the same group."""
     wandb = extra("wandb", "wandb")
-    online = {} if wandb.api.api_key else {"mode": "offline"}   # without an account the files stay in the run's folder
-    return wandb.init(project=project, name=run.name, id=run.name, resume="allow", dir=run.folder, **online)
+    online = wandb.login(prompt=False, verify=False)  # without an account the files stay in the run's folder
+    return wandb.init(project=settings.train.wandb, name=run.name, group=run.name, dir=run.folder,
+                      config=config.values(settings), settings=wandb.Settings(console="off", silent=True),
+                      **({} if online else {"mode": "offline"}))
+
+
+def as_it_was(run: Run) -> tuple[config.Settings, dict[int, dict]]:
+    """A run's settings as it began, and its changes by the number of steps done before them.
+
+    Raises RunError where nothing was started.
+    """
+    planned = {}
+    try:
+        began = json.loads(run.started_file.read_text(encoding="utf-8"))["settings"]
+    except (OSError, ValueError, KeyError) as error:
+        raise RunError(f"this run cannot be replayed ({error})", where=run.started_file,
+                       fix="train it once; started.json is written then") from error
+    for row in run.metrics():
+        if row.get("event") == "change":
+            planned.setdefault(row["step"], {})[row["name"]] = row["to"]
+    return config.from_dict(config.Settings, began), planned

@@ -8,9 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
-import importlib.metadata
 import math
-import platform
 import resource
 import statistics
 import time
@@ -22,8 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import __version__
-from ..config import LiveSettings, Settings, TrainSettings, check
+from ..config import LiveSettings, Settings, check
 from ..data.batches import Batch, Batches
 from ..data.sources import open_documents, open_split
 from ..errors import SettingsError, TrainingError
@@ -34,11 +31,11 @@ from ..lora.layers import adapter_parameters, attach, set_dropout_step, strength
 from ..lora.merge import merge
 from ..lora.parts import trained_parts
 from ..loss import head_loss
-from ..model import DTYPES, Shape, fingerprint, load_model
-from ..runs import Run, free_bytes
+from ..model import DTYPES, fingerprint, load_model
+from ..runs import Run
 from ..tokenizer import get_tokenizer
 from ..wkv import pick_op
-from ..words import bytes_text
+from .before import check_shape
 from .checkpoint import Checkpoint
 from .infctx import backward_by_chunks
 from .log import Logs
@@ -60,15 +57,6 @@ def pick_device(accelerator: str, number: int = 0) -> torch.device:
     return torch.device("cuda", number) if gpu else torch.device("cpu")
 
 
-def check_shape(t: TrainSettings, shape: Shape) -> None:
-    """Raise SettingsError where my_testing, n_layer, n_embd or vocab_size is given and is not the base's."""
-    for name in ("my_testing", "n_layer", "n_embd", "vocab_size"):
-        given, there = getattr(t, name), getattr(shape, "version" if name == "my_testing" else name)
-        if given not in ("auto", 0, there):
-            raise SettingsError(f"{name} is {given}, {Path(t.load_model).name} has {there}", where=name,
-                                fix="leave it out: it is read from the file")
-
-
 def keep_freed_memory() -> None:
     """Let glibc keep what a CPU step frees for the next step, which needs the same again: pages given back to the
     kernel are cleared and mapped anew each time, about a tenth of a step at the 0.1B shape. Elsewhere: nothing."""
@@ -82,7 +70,7 @@ class Trainer:
     """A run's model, adapter, data and optimizer.
 
     settings.train.load_model and settings.data.data_file must be given. Raises CheckpointError, DataError and
-    SettingsError for what cannot be trained. `notices` tells what a person should know before the run.
+    SettingsError for what cannot be trained. train.before tells what a person should know of it.
     """
 
     def __init__(self, run: Run, settings: Settings, ranks: Ranks | None = None):
@@ -123,7 +111,7 @@ class Trainer:
             device="cpu" if t.chunk_ctx else self.device, dataload=settings.data.dataload,
             rank=self.ranks.rank, world_size=self.ranks.size)
         self._agree()
-        self.logs = Logs(run, write=not self.ranks.rank, wandb=t.wandb)
+        self.logs = Logs(run, settings, write=not self.ranks.rank)
         self.step, self.epoch_loss = 0, [0.0, 0]
         self._losses, self._skips = deque(maxlen=SPIKE_WINDOW), 0
         self._stand()
@@ -155,19 +143,6 @@ class Trainer:
         """An epoch at whose end an adapter is saved has just ended; the last epoch always is one."""
         return self.epoch_ended and (self.epoch % self.settings.train.epoch_save == 0 or self.step == self.total_steps)
 
-    def notices(self) -> list[str]:
-        """What a person should know before the run, a sentence each."""
-        told, t = [], self.settings.train
-        if self.model.shape.version == "x052":
-            told.append(f"{Path(t.load_model).name} is an RWKV-5 (x052) model: that version is deprecated, take a "
-                        "newer base for new work")
-        if t.strategy.startswith("deepspeed") and self.ranks.size == 1:
-            told.append(f"strategy {t.strategy} is not needed: one device trains alone")
-        if t.quant != "none":
-            told.append(f"the base is held in {t.quant} while it trains; merging goes into the original base, as its "
-                        "file has it")
-        return [*told, *self.batches.notices(), self._disk_notice()]
-
     def heldout_loss(self) -> float:
         """Mean cross-entropy over the held-out documents, nats per trained token; all processes call this."""
         return self.ranks.tell(self.optimizer.compute(lambda: text_loss(self.model, self.heldout, op=self.op)))
@@ -177,26 +152,6 @@ class Trainer:
         with strength(self.model, 0) if base else contextlib.nullcontext():
             return self.optimizer.compute(lambda: generate(self.model, self.tokenizer, prompts, max_tokens=max_tokens,
                                                            op=self.op))
-
-    def description(self) -> dict:
-        """What this run is made of, for started.json: settings, data, base, versions."""
-        versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "pyrwkv-tokenizer")}
-        return {"settings": dataclasses.asdict(self.settings), "base": self.base, "data": self.batches.state(),
-                "op": self.op, "device": str(self.device), "processes": self.ranks.size,
-                "threads": torch.get_num_threads(),
-                "versions": {"rwkv_nb": __version__, "python": platform.python_version(), **versions}}
-
-    def _disk_notice(self) -> str:
-        t = self.settings.train
-        saves = math.ceil(t.epoch_count / t.epoch_save)
-        adapter = sum(p.nbytes for p in self.parameters)
-        need = saves * adapter + 3 * adapter  # the checkpoint: adapter and AdamW's two averages
-        if t.merge:
-            need += saves * Path(t.load_model).stat().st_size
-        free = free_bytes(self.run.folder)
-        text = (f"disk: {saves} adapters of {bytes_text(adapter)}" + (", each with a merged model," if t.merge else "")
-                + f" need {bytes_text(need)}; {bytes_text(free)} are free")
-        return f"WARNING {text}: save less often (epoch_save) or set merge to 0" if need > free else text
 
     def train_step(self, live: LiveSettings, before_update: Callable[[], None] = lambda: None) -> dict:
         """One optimizer step under `live`; returns its row of metrics.
@@ -329,6 +284,7 @@ class Trainer:
 
     def release(self) -> None:
         """Let go of all large tensors; only where the run stands can still be read."""
+        self.logs.close()
         del self.model, self.optimizer, self.parameters
 
     def resume(self, saved: Checkpoint) -> None:

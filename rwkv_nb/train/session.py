@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 import threading
 import time
 from collections import deque
@@ -19,7 +18,10 @@ from .. import config
 from ..config import LiveSettings, Settings
 from ..errors import RunError, SettingsError
 from ..runs import Run, write_text
-from .checkpoint import Checkpoint, differences, load_checkpoint
+from .before import description, notices
+from .checkpoint import Checkpoint, to_resume
+from .heldout import judge
+from .log import as_it_was
 from .loop import Trainer
 from .ranks import Ranks
 from .shrink import Shrinking
@@ -78,15 +80,8 @@ class TrainSession(Shrinking, Waiting):
         into: the new run's folder, by default `replay` inside the old one. On a CPU, with as many threads, its losses
         are the same bit for bit. Raises RunError where nothing was started.
         """
-        run, planned = run if isinstance(run, Run) else Run(run), {}
-        try:
-            began = config.from_dict(Settings, json.loads(run.started_file.read_text(encoding="utf-8"))["settings"])
-        except (OSError, ValueError, KeyError) as error:
-            raise RunError(f"this run cannot be replayed ({error})", where=run.started_file,
-                           fix="train it once; started.json is written then") from error
-        for row in run.metrics():
-            if row.get("event") == "change":
-                planned.setdefault(row["step"], {})[row["name"]] = row["to"]
+        run = run if isinstance(run, Run) else Run(run)
+        began, planned = as_it_was(run)
         return cls(into or run.folder / "replay", began, start="fresh", planned=planned, **options)
 
     # -- controls: callable from any thread ----------------------------------------------------------------------
@@ -166,50 +161,34 @@ class TrainSession(Shrinking, Waiting):
         except BaseException as error:  # whatever it is, the panel shows it and wait() raises it
             self._error = error
             status = "failed"
+        if self.trainer:
+            self.trainer.logs.close()
         self._status = status
 
     def _prepare(self) -> None:
         first = not self.ranks.rank
-        self._notices += self._memory_notices()
+        self._tell(*self._memory_notices())
         self.trainer = Trainer(self.run, self.settings, self.ranks)
         saved = self.ranks.tell(self._choose_start() if first else None)
-        with self._lock:
-            self._notices += self.trainer.notices()
-            self._notices.append(f"operator: {self.trainer.op}, on {self.trainer.device}"
-                                 + (f", {self.ranks.size} processes" if self.ranks.size > 1 else ""))
+        self._tell(*notices(self.trainer))
         if saved:
             self.trainer.resume(saved)
             self._rows = self.ranks.tell(self.run.metrics() if first else [])
             self._restore_live(saved)
         elif first:
             self.run.save_settings(self.settings)
-            write_text(self.run.started_file, json.dumps(self.trainer.description(), indent=2, ensure_ascii=False))
-            self.trainer.logs.new_run(self.settings)
+            write_text(self.run.started_file, json.dumps(description(self.trainer), indent=2, ensure_ascii=False))
+            self.trainer.logs.new_run()
         self._answer(base=True)
 
     def _choose_start(self) -> Checkpoint | None:
         """The checkpoint to go on from, or None for a new run, the earlier one's files moved aside."""
-        if self._start_from == "fresh":
-            return self._begin_anew("start='fresh'")
-        saved = load_checkpoint(self.run)
-        if saved is None:
-            if self._start_from == "resume":
-                raise RunError("there is no checkpoint to go on from", where=self.run.folder, fix="use start='auto'")
-            return self._begin_anew("it had no checkpoint")
-        changed = differences(saved, self.settings)
-        if not changed and not saved.finished:
-            self._notices.append(f"resumed after step {saved.step}")
-            return saved
-        reason = "it was finished" if not changed else f"settings changed: {'; '.join(changed)}"
-        if self._start_from == "resume":
-            raise RunError(f"cannot go on from the checkpoint: {reason}", where=self.run.checkpoint_file,
-                           fix="set the settings back, or use start='fresh'")
-        return self._begin_anew(reason)
-
-    def _begin_anew(self, reason: str) -> None:
-        moved = self.run.set_aside()
-        if moved:
-            self._notices.append(f"the earlier run's files are in {moved.name}/ ({reason})")
+        saved, reason = to_resume(self.run, self.settings, self._start_from)
+        if saved:
+            self._tell(f"resumed after step {saved.step}")
+        elif moved := self.run.set_aside():
+            self._tell(f"the earlier run's files are in {moved.name}/ ({reason})")
+        return saved
 
     def _restore_live(self, saved: Checkpoint) -> None:
         """Live settings as they were, and on top of them what was changed in settings.json since."""
@@ -271,26 +250,16 @@ class TrainSession(Shrinking, Waiting):
 
     def _evaluate(self) -> None:
         """Measure the held-out loss; keep the best adapter, warn where it turns up, stop where that was asked for."""
-        if not self.trainer.heldout:
+        trainer = self.trainer
+        if not trainer.heldout:
             return
-        trainer, now = self.trainer, self.trainer.heldout_loss()
-        before = [row["heldout_loss"] for row in self._rows if row.get("event") == "eval"]
-        best = min(before, default=math.inf)
+        now, before = trainer.heldout_loss(), [row["heldout_loss"] for row in self._rows if row.get("event") == "eval"]
+        best, told, stop = judge(before, now, trainer.step, self.settings.train.early_stop)
         self._row({"step": trainer.step, "event": "eval", "heldout_loss": now})
-        if now < best:
+        self._tell(*told)
+        self._stop |= stop
+        if best:
             self._save_adapter("best")
-            return
-        worse = len(before) - before.index(best)       # evaluations since the best one, this one with them
-        told = []
-        if worse == 2:
-            told.append(f"WARNING: the held-out loss has turned up: {best:.4f} at its best, {now:.4f} after step "
-                        f"{trainer.step}. From here on the adapter learns the training data by heart; adapter-best "
-                        "is the one to use")
-        if worse == self.settings.train.early_stop:
-            told.append(f"stopped early after step {trainer.step}: {worse} evaluations without a lower held-out loss")
-            self._stop = True
-        with self._lock:
-            self._notices += told
 
     def _checkpoint_if_due(self, live: LiveSettings) -> None:
         if self._checkpoint_due:
@@ -308,6 +277,10 @@ class TrainSession(Shrinking, Waiting):
         for event in events:
             self._row({"step": self.trainer.step, **event})
         return live
+
+    def _tell(self, *notices: str) -> None:
+        with self._lock:
+            self._notices += notices
 
     def _event(self, event: dict) -> None:
         with self._lock:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 
 import pytest
 import torch
@@ -90,6 +91,37 @@ def test_a_process_that_dies_ends_the_run_and_the_checkpoint_goes_on(tmp_path, t
     resumed.join()
     numbers = [row["step"] for row in steps(Run(tmp_path).metrics())]
     assert numbers == list(range(1, len(numbers) + 1))
+
+
+def test_two_machines_learn_as_one_and_end_together(tmp_path, two):
+    """Each with a folder of its own, as here on one machine; the first one's is steered."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    both = replace(two, devices=1, num_nodes=2, master_addr=address, epoch_count=100, epoch_save=100,
+                   checkpoint_seconds=0)
+    first, second = (session_for(tmp_path / str(node), replace(both, node_rank=node)) for node in (0, 1))
+    second.start()
+    first.start()
+    until(lambda: first.snapshot().step >= 3 or first.snapshot().done, 120)
+    first.change(lr_init=1e-3)
+    held = first.snapshot().step
+    until(lambda: first.snapshot().step >= held + 3 or first.snapshot().done)
+    worker, = (int(pid) for pid in os.listdir("/proc") if pid.isdigit() and is_worker(pid, tmp_path / "1"))
+    os.kill(worker, signal.SIGKILL)
+    for session in (first, second):
+        with pytest.raises(TrainingError):
+            session.join()
+    rows, alone = Run(tmp_path / "0").metrics(), replace(two, devices=1, micro_bsz=4, epoch_count=100, epoch_save=100)
+    changed = next(row["step"] for row in rows if row.get("event") == "change")
+    one = TrainSession(Run(tmp_path / "one"), alone, planned={changed: {"lr_init": 1e-3}}).start()
+    until(lambda: one.snapshot().step >= len(steps(rows)))
+    one.stop()
+    for a, b in zip(steps(rows), steps(one.join().rows), strict=False):
+        assert (a["step"], a["tokens"], a["lr"]) == (b["step"], b["tokens"], b["lr"])
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+    assert torch.load(Run(tmp_path / "0").checkpoint_file, weights_only=True)["step"] > held
+    assert not Run(tmp_path / "1").metrics()
 
 
 def test_what_stops_a_process_is_said(tmp_path, two):

@@ -113,6 +113,18 @@ def test_sigterm_ends_with_everything_saved(tmp_path, settings):
     assert saved["step"] == run.metrics()[-1]["step"] == load_adapter(run.last_adapter()).meta.step
 
 
+def test_wandb_gets_the_rows_offline(tmp_path, settings, monkeypatch):
+    pytest.importorskip("wandb", reason="the extra wandb is not installed")
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    end = train(tmp_path / "my run", replace(settings, epoch_count=1, wandb="a project"))
+    written, = (tmp_path / "my run" / "wandb").glob("offline-run-*/run-*.wandb")
+    told = written.read_bytes()
+    for words in ("a project", "my run", "grad_norm", "lora_alpha", *(repr(row["loss"]) for row in steps(end.rows))):
+        assert words.encode() in told
+
+
 def test_wandb_that_is_not_there_is_said(tmp_path, settings):
     if importlib.util.find_spec("wandb"):
         pytest.skip("it is there")

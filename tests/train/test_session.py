@@ -121,6 +121,21 @@ def test_resume_refuses_other_settings_by_name(tmp_path, settings):
         train(tmp_path, replace(settings, r=8), start="resume")
 
 
+def test_a_run_of_an_older_version_goes_on(tmp_path, settings):
+    """Settings that it did not have yet were at their defaults; one that differs from its default is a change."""
+    session = TrainSession(Run(tmp_path), settings).start()
+    until(lambda: session.snapshot().step >= 2)
+    session.stop()
+    session.join()
+    older = torch.load(Run(tmp_path).checkpoint_file, weights_only=True)
+    for name in ("spike_factor", "truncated_bptt"):
+        del older["settings"]["train"][name]
+    torch.save(older, Run(tmp_path).checkpoint_file)
+    with pytest.raises(RunError, match="truncated_bptt: 0 → 1"):
+        train(tmp_path, replace(settings, truncated_bptt=1, chunk_ctx=8), start="resume")
+    assert train(tmp_path, settings, start="resume").status == "finished"
+
+
 def test_a_run_that_a_nan_stopped_goes_on_with_skip(tmp_path, settings):
     session = TrainSession(Run(tmp_path), replace(settings, checkpoint_seconds=0)).start()
     until(lambda: session.snapshot().step >= 3)
