@@ -26,11 +26,14 @@ constexpr int LANES = 8;
 constexpr int LANES = 4;
 #endif
 constexpr int TILE = 2 * LANES;  // two registers wide: enough sums in flight to hide their latency
+constexpr int ROWS = 4;          // of a tile, held in registers for a whole chunk where no step needs the other rows
 constexpr int CHUNK = 16;        // steps read at once; in backward also the distance of remembered states
 
 typedef float Vec __attribute__((vector_size(LANES * sizeof(float))));
 typedef float AnyVec __attribute__((vector_size(LANES * sizeof(float)), aligned(4)));  // at any address
 typedef int32_t IntVec __attribute__((vector_size(LANES * sizeof(int32_t))));
+
+inline Vec lanes(float x) { return x - Vec{}; }  // in every lane; read once for both registers of a tile
 
 struct Tile {
   Vec x[2] = {};
@@ -41,7 +44,27 @@ struct Tile {
 };
 using Tiles = std::vector<Tile>;
 
+// ROWS rows of a tile, to be held in registers.
+struct Block {
+  Vec x[ROWS][2];
+  Block() = default;
+  explicit Block(const Tile* from) {
+#pragma GCC unroll 4
+    for (int n = 0; n < ROWS; ++n)
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) x[n][i] = from[n].x[i];
+  }
+  void store(Tile* to) const {
+#pragma GCC unroll 4
+    for (int n = 0; n < ROWS; ++n)
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) to[n].x[i] = x[n][i];
+  }
+};
+
+inline float* floats(Tiles& x) { return reinterpret_cast<float*>(x.data()); }
 inline int64_t tiles_of(int64_t n) { return (n + TILE - 1) / TILE; }
+inline int64_t rows_of(int64_t n) { return (n + ROWS - 1) / ROWS * ROWS; }  // of a state's tile: whole blocks
 
 // e^x in vector code (std::exp would need -ffast-math, which we must not use: it can switch off denormals in the
 // whole process). Relative error about 1e-7; x is held to [-87, 88], where the result is a normal number.
@@ -68,8 +91,21 @@ struct Rows {
   Tile& tile(int64_t t, int64_t j) { return data[t * tiles + j]; }
 };
 
-// Raw decay inputs w to their rates, in place, and to decays, tiles first..last. Near 1, a decay's rounding would be the
-// same at every step and add up over thousands of them; so what one step's loses, the chunk's next step makes good.
+// Σ a b and Σ u a b of step t.
+inline float dot(int64_t t, Rows& a, Rows& b, const Tiles* u = nullptr) {
+  Vec sum{};
+  for (int64_t j = 0; j < a.tiles; ++j)
+    for (int i = 0; i < 2; ++i) {
+      const Vec ab = a.tile(t, j).x[i] * b.tile(t, j).x[i];
+      sum += u ? (*u)[j].x[i] * ab : ab;
+    }
+  float total = 0;
+  for (int l = 0; l < LANES; ++l) total += sum[l];
+  return total;
+}
+
+// Raw decay inputs w to their rates, in place, and to decays, tiles first..last. Near 1, a decay's rounding would be
+// the same at every step and add up over thousands of them; so what one step's loses, the chunk's next step makes good.
 inline void to_decay(Rows& decay, Rows& w, int64_t steps, int64_t first, int64_t last) {
   for (int64_t j = first; j < last; ++j)
     for (int i = 0; i < 2; ++i) {
@@ -100,26 +136,26 @@ class Sequence {
     stride_b_ = held_.stride(0) * size_, stride_t_ = held_.stride(1) * size_, stride_h_ = held_.stride(2) * size_;
     data_ = static_cast<char*>(held_.data_ptr());
   }
-  // Tiles first..last of steps t0..t0+steps of head bh to rows. A step behind the end reads as 0. The chunk at
-  // `next`, if there is one, is asked for meanwhile: no processor foresees rows that lie so far apart.
-  void load(Rows& rows, int64_t bh, int64_t t0, int64_t steps, int64_t next, int64_t first, int64_t last) const {
+  // Tiles first..last of steps t0..t0+steps of head bh to rows. A step behind the end reads as 0.
+  void load(Rows& rows, int64_t bh, int64_t t0, int64_t steps, int64_t first, int64_t last) const {
     const int64_t from = first * TILE, n = std::min(last * TILE, N_) - from;
     for (int64_t s = 0; s < steps; ++s) {
-      if (next + s >= 0 && next + s < T_)
-        for (int64_t i = 0; i < n * size_; i += 64) __builtin_prefetch(row(bh, next + s, from) + i);
       float* to = rows[s] + from;
       if (t0 + s >= T_) std::fill(to, to + n, 0.0f);
       else with_row(bh, t0 + s, from, [&](const auto* x) { copy(to, x, n); });
     }
   }
   // The way back.
-  void store(Rows& rows, int64_t bh, int64_t t0, int64_t steps, int64_t next, int64_t first, int64_t last) const {
+  void store(Rows& rows, int64_t bh, int64_t t0, int64_t steps, int64_t first, int64_t last) const {
     const int64_t from = first * TILE, n = std::min(last * TILE, N_) - from;
-    for (int64_t s = 0; s < steps; ++s) {
-      if (next + s >= 0 && next + s < T_)
-        for (int64_t i = 0; i < n * size_; i += 64) __builtin_prefetch(row(bh, next + s, from) + i, 1);
+    for (int64_t s = 0; s < steps; ++s)
       with_row(bh, t0 + s, from, [&](auto* x) { copy(x, rows[s] + from, n); });
-    }
+  }
+  // Has a row that will be wanted, if there is such a step, brought near: no processor foresees rows so far apart.
+  void ask(int64_t bh, int64_t t) const {
+    __asm__ volatile("");  // else GCC takes a function that only prefetches for one that does nothing
+    if (t >= 0 && t < T_)
+      for (int64_t i = 0; i < N_ * size_; i += 64) __builtin_prefetch(row(bh, t, 0) + i, 0, 2);
   }
 
  private:
@@ -155,33 +191,40 @@ inline const float* head_of(const OptTensor& state, int64_t bh, int64_t N) {
   return state ? state->const_data_ptr<float>() + bh * N * N : nullptr;
 }
 
-// A state [V,K] (null: zeros) to the value tiles X[tile][key], and back.
+// A state [V,K] (null: zeros) to the value tiles X[tile][key], and back. Rows and columns behind the end are zeros.
 inline void load_values(Tiles& X, const float* state, int64_t N, int64_t first, int64_t last) {
-  for (int64_t v = first * TILE; v < last * TILE; ++v)
-    for (int64_t k = 0; k < N; ++k)
-      X[v / TILE * N + k].x[v % TILE / LANES][v % LANES] = state && v < N ? state[v * N + k] : 0;
+  const int64_t rows = rows_of(N);
+  std::fill_n(X.begin() + first * rows, (last - first) * rows, Tile());
+  for (int64_t v = first * TILE; state && v < std::min(last * TILE, N); ++v)
+    for (int64_t k = 0; k < N; ++k) floats(X)[(v / TILE * rows + k) * TILE + v % TILE] = state[v * N + k];
 }
-inline void store_values(float* state, const Tiles& X, int64_t N, int64_t first, int64_t last) {
+inline void store_values(float* state, Tiles& X, int64_t N, int64_t first, int64_t last) {
   for (int64_t v = first * TILE; v < std::min(last * TILE, N); ++v)
-    for (int64_t k = 0; k < N; ++k) state[v * N + k] = X[v / TILE * N + k].x[v % TILE / LANES][v % LANES];
+    for (int64_t k = 0; k < N; ++k) state[v * N + k] = floats(X)[(v / TILE * rows_of(N) + k) * TILE + v % TILE];
 }
 
 // A state [V,K] (null: zeros) to the key tiles X[tile][value], and back.
 inline void load_keys(Tiles& X, const float* state, int64_t N, int64_t first, int64_t last) {
-  for (int64_t j = first; j < last; ++j)
-    for (int64_t v = 0; v < N; ++v) {
-      X[j * N + v] = Tile();
-      const float* row = state + v * N + j * TILE;
-      if (state) std::copy(row, row + std::min<int64_t>(TILE, N - j * TILE), reinterpret_cast<float*>(&X[j * N + v]));
-    }
+  const int64_t rows = rows_of(N);
+  std::fill_n(X.begin() + first * rows, (last - first) * rows, Tile());
+  for (int64_t j = first; state && j < last; ++j)
+    for (int64_t v = 0; v < N; ++v)
+      std::copy_n(state + v * N + j * TILE, std::min<int64_t>(TILE, N - j * TILE), floats(X) + (j * rows + v) * TILE);
 }
-
 inline void store_keys(float* state, Tiles& X, int64_t N, int64_t first, int64_t last) {
   for (int64_t j = first; j < last; ++j)
-    for (int64_t v = 0; v < N; ++v) {
-      const float* row = reinterpret_cast<const float*>(&X[j * N + v]);
-      std::copy(row, row + std::min<int64_t>(TILE, N - j * TILE), state + v * N + j * TILE);
-    }
+    for (int64_t v = 0; v < N; ++v)
+      std::copy_n(floats(X) + (j * rows_of(N) + v) * TILE, std::min<int64_t>(TILE, N - j * TILE),
+                  state + v * N + j * TILE);
+}
+
+// Of a chunk's `units` of work, n..n+step are done: that share of the rows of the chunk at t0 is asked for. Spread like
+// this, the wait for memory hides behind the work.
+inline void ask(const std::vector<const Sequence*>& wanted, int64_t bh, int64_t t0, int64_t n, int64_t units,
+                int64_t step) {
+  const int64_t size = wanted.size();
+  for (int64_t i = n * size * CHUNK / units; i < (n + step) * size * CHUNK / units; ++i)
+    wanted[i % size]->ask(bh, t0 + i / size);
 }
 
 // work.run(head, first tile, last tile + 1) over every tile of every head, with one Work(args...) a thread for its

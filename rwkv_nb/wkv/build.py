@@ -26,7 +26,7 @@ from ..errors import KernelError
 
 # No -ffast-math: a library linked with it can switch off denormal numbers in the whole process.
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fopenmp")
-SOURCES = ("wkv7_cpu.cpp", "wkv6_cpu.cpp", "token7_cpu.cpp")
+SOURCES = ("wkv_cpu.cpp", "token7_cpu.cpp")
 INSTALL = ("install a C++ compiler (Debian, Ubuntu, WSL: sudo apt install g++ · conda: conda install -c conda-forge "
            "gxx) and start the notebook's kernel again")
 
