@@ -38,9 +38,9 @@ def atomic_path(target: Path) -> Iterator[Path]:
     except Exception as error:
         if not isinstance(error, OSError) and not any(words in str(error) for words in _FAILED_WRITES):
             raise
-        raise RunError(f"could not write ({getattr(error, 'strerror', None) or error}); what was there before is "
-                       "intact", where=target, fix="free some disk space or choose another folder, then save again"
-                       ) from error
+        why = getattr(error, "strerror", None) or f"the system takes no more; {bytes_text(free_bytes(target))} are free"
+        raise RunError(f"could not write ({why}); what was there before is intact", where=target,
+                       fix="free some disk space or choose another folder, then save again") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
