@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -185,7 +186,7 @@ def find_data_file(path: str | Path, data_type: str = "auto") -> DataFile:
         what = "this is a folder" if path.is_dir() else "there is no such data file"
         here = [] if path.is_dir() else [p.name for p in path.absolute().parent.glob("*")
                                          if p.is_file() and p.suffix.lower() in KINDS]
-        raise DataError(what + f" of type {data_type}" * (data_type != "auto"), where=path.absolute(),
+        raise DataError(what + f" of type {data_type}" * (data_type != "auto"), where=os.path.abspath(path),
                         fix=did_you_mean(path.name, here, "name a file in it" if path.is_dir() else
                                          "check the name and the folder"))
     if len(fitting) > 1:

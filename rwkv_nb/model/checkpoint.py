@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import pickle
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -30,7 +31,7 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError("there is no such file", where=path.absolute(),
+        raise CheckpointError("there is no such file", where=os.path.abspath(path),
                               fix="check the path of the base model, load_model")
     if path.stat().st_size == 0:
         raise CheckpointError("the file is empty", where=path, fix="download or copy it again")
