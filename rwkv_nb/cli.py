@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import signal
 import sys
 import time
@@ -182,8 +183,8 @@ def _import(arguments) -> int:
     run, settings = settings_from(flags | ({"proj_dir": arguments.proj_dir} if arguments.proj_dir else {}))
     config.check_together(settings)
     run.save_settings(settings)
-    print(f"wrote {run.settings_file}\nopen it with RUN = {str(run.folder)!r} in notebook 03_train_lora, or run:\n"
-          f"rwkv-nb train --proj_dir {run.folder}")
+    print(f"wrote {run.settings_file}\nopen it in notebook 03_train_lora with RUN = {str(run.folder)!r} and "
+          f"SETTINGS = {{}}, or run:\nrwkv-nb train --proj_dir {shlex.quote(str(run.folder))}")
     return 0
 
 

@@ -36,6 +36,8 @@ def notices(trainer: Trainer) -> list[str]:
     if trainer.model.shape.version == "x052":
         told.append(f"{Path(t.load_model).name} is an RWKV-5 (x052) model: that version is deprecated, take a "
                     "newer base for new work")
+    if t.live.lr_init > 5e-4 and trainer.model.shape.n_embd >= 768:
+        told.append(f"WARNING: lr_init {t.live.lr_init:g} is high for a model of this size: 2e-5 … 1e-4 are usual")
     if t.strategy.startswith("deepspeed") and size == 1:
         told.append(f"strategy {t.strategy} is not needed: one device trains alone")
     if t.quant != "none":

@@ -14,7 +14,7 @@ from lab import browser_page, chromium_path, jupyter_lab, run_all  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 240     # for any one thing to happen, on a machine that does much else
-PARAMETERS = "\nMICRO_BSZ, EPOCH_STEPS, EPOCH_COUNT = 4, 350, 1"   # small steps, enough for a hand on the slider
+PARAMETERS = "\nSETTINGS |= dict(micro_bsz=4, epoch_steps=350, epoch_count=1)"   # enough for a hand on the slider
 
 
 @pytest.fixture

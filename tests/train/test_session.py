@@ -10,8 +10,10 @@ from training import TIMING, steps, train, until
 from rwkv_nb.config import replace
 from rwkv_nb.errors import RunError, SettingsError, TrainingError
 from rwkv_nb.lora.adapter import load_adapter
-from rwkv_nb.model import load_model, load_weights
+from rwkv_nb.model import RWKV, Shape, init_weights, load_model, load_weights, save_weights
 from rwkv_nb.runs import Run
+from rwkv_nb.train.before import notices
+from rwkv_nb.train.loop import Trainer
 from rwkv_nb.train.schedule import learning_rate
 from rwkv_nb.train.session import TrainSession
 
@@ -186,6 +188,14 @@ def test_wait_leaves_the_event_loop_free(tmp_path, settings):
 def test_what_is_not_given_is_named(tmp_path, settings, changes, said):
     with pytest.raises(SettingsError, match=said):
         train(tmp_path, replace(settings, **changes))
+
+
+def test_the_examples_learning_rate_on_a_real_model_is_warned_of(tmp_path, settings):
+    wide = tmp_path / "wide.pth"
+    save_weights(wide, init_weights(RWKV(Shape(1, 768, 257, 16, 16, 16, 16, 768))).state_dict())
+    for base, lr_init, said in ((wide, 2e-3, True), (wide, 1e-4, False), (settings.train.load_model, 2e-3, False)):
+        notices_of = notices(Trainer(Run(tmp_path), replace(settings, load_model=str(base), lr_init=lr_init)))
+        assert any("lr_init 0.002 is high" in text for text in notices_of) == said
 
 
 def test_settings_are_written_with_the_run(tmp_path, settings):
