@@ -12,21 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .errors import SettingsError
+from .extras import extra
 
 BLOCK, SLICE = 64, 2**18   # elements that share a scale; that are quantised at once
 
 
 def bitsandbytes():
-    """The package, imported when first needed. Raises SettingsError where it is not installed."""
+    """The package, imported when first needed. Raises SettingsError where it is missing."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of inference kernels that are not used here
-    try:
-        import bitsandbytes as bnb
-    except ImportError as error:
-        raise SettingsError("quantising needs the package bitsandbytes, which is not installed", where="quant",
-                            fix="pip install bitsandbytes, or set quant to none, quant_head to 0 and "
-                                "adam_state to fp32") from error
-    return bnb
+    return extra("bitsandbytes", "quant")
 
 
 class Held:

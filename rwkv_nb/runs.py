@@ -11,7 +11,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from . import config
@@ -60,14 +60,13 @@ def check_disk(need: int, target: Path) -> None:
 
 def write_text(target: Path, text: str) -> None:
     """Write a text file whole (UTF-8)."""
-    with atomic_path(target) as path:
-        path.write_text(text, encoding="utf-8")
+    write_bytes(target, text.encode())
 
 
-def write_with(target: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary path, then put it in place of `target` whole."""
+def write_bytes(target: Path, data: bytes) -> None:
+    """Write a file whole."""
     with atomic_path(target) as path:
-        write(path)
+        path.write_bytes(data)
 
 
 def path_settings(settings: config.Settings) -> dict[str, str]:

@@ -12,7 +12,7 @@ from .errors import CheckpointError
 from .generate import eval_mode, read, stream
 from .model import RWKV, State
 from .model.ai00 import read_safetensors
-from .runs import write_with
+from .runs import write_bytes
 
 FORMAT = "rwkv_nb state"
 
@@ -48,7 +48,7 @@ class Talk:
         """Write the state, to go on from later or elsewhere: a safetensors file, the same size after any talk."""
         state = self.state or self.model.zero_state(1)
         data = save({name: part.cpu().clone() for name, part in state._asdict().items()}, {"format": FORMAT})
-        write_with(Path(path), lambda temporary: temporary.write_bytes(data))
+        write_bytes(Path(path), data)
 
     def restore(self, path: str | Path) -> None:
         """Go on from a saved state. Raises CheckpointError for another kind of file, or one of another model's size."""

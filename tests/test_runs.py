@@ -20,13 +20,16 @@ import torch
 from safetensors.torch import save_file
 from rwkv_nb.errors import RunError
 from rwkv_nb.model import save_weights
-from rwkv_nb.runs import Run, write_text, write_with
+from rwkv_nb.runs import Run, atomic_path, write_text
 folder, weights = sys.argv[1], {"w": torch.randn(100_000)}
+def save_adapter(path):
+    with atomic_path(path) as temporary:
+        save_file(weights, temporary)
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))      # no file may grow longer: as on a full disk
 for name, write in {
     "notes.txt": lambda path: write_text(path, "x" * 60_000),
     "model.pth": lambda path: save_weights(path, weights),
-    "adapter.safetensors": lambda path: write_with(path, lambda temporary: save_file(weights, temporary)),
+    "adapter.safetensors": save_adapter,
 }.items():
     try:
         write(f"{folder}/{name}")
@@ -54,8 +57,8 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
 def test_an_error_of_the_writer_itself_passes_through(tmp_path):
     target = tmp_path / "a.txt"
     runs.write_text(target, "old")
-    with pytest.raises(ZeroDivisionError):
-        runs.write_with(target, lambda path: path.write_text(str(1 / 0)))
+    with pytest.raises(ZeroDivisionError), runs.atomic_path(target) as path:
+        path.write_text(str(1 / 0))
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"] and target.read_text() == "old"
 
 

@@ -11,7 +11,7 @@ from ..errors import AdapterError
 from ..lora.adapter import load_adapter
 from ..lora.foreign import CONFIG
 from ..model.streaming import Progress
-from ..runs import write_text, write_with
+from ..runs import write_bytes, write_text
 
 
 def export_peft(source: str | Path, out: str | Path, *, lora_alpha: float | None = None,
@@ -30,7 +30,7 @@ def export_peft(source: str | Path, out: str | Path, *, lora_alpha: float | None
              "lora_alpha": meta.lora_alpha, "lora_dropout": 0.0, "target_modules": list(meta.target_modules),
              "bias": "none", "fan_in_fan_out": False, "inference_mode": True}
     data = save(tensors, metadata={"format": "pt"})
-    write_with(out / "adapter_model.safetensors", lambda temporary: temporary.write_bytes(data))
+    write_bytes(out / "adapter_model.safetensors", data)
     write_text(out / CONFIG, json.dumps(words, indent=2) + "\n")
     if progress:
         progress(1, 1)

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from ..config import LoraSettings
 from ..errors import AdapterError, CheckpointError, SettingsError
 from ..model.ai00 import read_safetensors
+from ..model.checkpoint import misfits
 from ..model.shape import Shape
-from ..runs import write_with
+from ..runs import write_bytes
 from .foreign import CONFIG, PICKLED, check_alpha, read_foreign
 from .layers import attach, endings, lora_layers, matching
 from .parts import part_values, trained_parts
@@ -93,7 +94,7 @@ def save_adapter(path: str | Path, model: nn.Module, lora: LoraSettings, *, base
     words = {k: json.dumps(v) for k, v in dataclasses.asdict(meta).items()}
     tensors = {k: v.cpu().contiguous() for k, v in adapter_tensors(model).items()}
     data = save(tensors, metadata={"format": FORMAT, "version": str(VERSION), **words})
-    write_with(Path(path), lambda temporary: temporary.write_bytes(data))
+    write_bytes(Path(path), data)
 
 
 def load_adapter(path: str | Path, lora_alpha: float | None = None) -> Adapter:
@@ -173,18 +174,10 @@ def check_adapter(adapter: Adapter, shape: Shape, fingerprint: str, *, allow_oth
     expected = {key: sizes[key] for key in adapter.parts if key in sizes}
     for name in names:
         expected |= {f"{name}.lora_A": (meta.r, linears[name][1]), f"{name}.lora_B": (linears[name][0], meta.r)}
-    _check_tensors(adapter, expected)
-    return names
-
-
-def _check_tensors(adapter: Adapter, expected: Mapping[str, tuple[int, int]]) -> None:
-    got = adapter.tensors
-    wrong = [f"missing: {k}" for k in expected if k not in got] + [f"unexpected: {k}" for k in got if k not in expected]
-    wrong += [f"{k} is {list(got[k].shape)}, expected {list(size)}" for k, size in expected.items()
-              if k in got and tuple(got[k].shape) != size]
-    if wrong:
+    if wrong := misfits(adapter.tensors, expected):
         raise AdapterError(f"{len(wrong)} of its keys do not fit:\n  " + "\n  ".join(wrong),
                            where=adapter.path, fix="use an adapter saved earlier")
+    return names
 
 
 def apply_adapter(model: nn.Module, adapter: Adapter, base_fingerprint: str, *, allow_other_base=False) -> nn.Module:

@@ -79,14 +79,17 @@ def save_weights(path: str | Path, weights: Mapping[str, Tensor], *, change: Cha
 
 def check_keys(weights: Mapping[str, Tensor], shape: Shape, where="") -> None:
     """Raise CheckpointError that names every missing, unexpected and misshapen key."""
-    expected = shape.key_shapes()
-    wrong = [f"missing: {k}" for k in expected if k not in weights]
-    wrong += [f"unexpected: {k}" for k in weights if k not in expected]
-    wrong += [f"{k} is {list(weights[k].shape)}, expected {list(s)}" for k, s in expected.items()
-              if k in weights and tuple(weights[k].shape) != s]
-    if wrong:
+    if wrong := misfits(weights, shape.key_shapes()):
         raise CheckpointError(f"{len(wrong)} of its keys do not fit an {shape.version} model:\n  " + "\n  ".join(wrong),
                               where=where, fix="use a whole, unchanged base model")
+
+
+def misfits(got: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Every key that is missing, unexpected or of another shape, in words."""
+    return [*(f"missing: {k}" for k in expected if k not in got),
+            *(f"unexpected: {k}" for k in got if k not in expected),
+            *(f"{k} is {list(got[k].shape)}, expected {list(size)}" for k, size in expected.items()
+              if k in got and tuple(got[k].shape) != size)]
 
 
 def load_model(path: str | Path, **how) -> RWKV:

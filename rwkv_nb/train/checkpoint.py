@@ -14,7 +14,7 @@ import torch
 from .. import config
 from ..config import LiveSettings, Settings
 from ..errors import RunError
-from ..runs import Run, write_with
+from ..runs import Run, atomic_path
 
 FORMAT = 2
 # What may change between a checkpoint and its resumption: where it runs, what is watched, what is written.
@@ -43,7 +43,8 @@ class Checkpoint:
 
     def save(self, run: Run) -> None:
         """Write checkpoint.pt whole; the one before stays until then."""
-        write_with(run.checkpoint_file, lambda path: torch.save(dataclasses.asdict(self), path))
+        with atomic_path(run.checkpoint_file) as path:
+            torch.save(dataclasses.asdict(self), path)
 
     def live_settings(self) -> LiveSettings:
         """LiveSettings as they were at this step."""
