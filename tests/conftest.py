@@ -4,11 +4,15 @@ import json
 import os
 import random
 
+import hypothesis
 import pytest
 import torch
 
 from rwkv_nb.config import Settings, replace
 from rwkv_nb.model import RWKV, Shape, init_weights, save_weights
+
+hypothesis.settings.register_profile("house", deadline=None)     # a machine that does much else fails no test
+hypothesis.settings.load_profile("house")
 
 
 @pytest.fixture(scope="session", autouse=True)
