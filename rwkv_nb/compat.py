@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 from .errors import SettingsError
@@ -27,54 +30,70 @@ ELSEWHERE = {
 }
 
 
-def read_script(path: str | Path) -> list[str]:
-    """The arguments that a shell script gives to train.py, its variables filled in. Nothing is run.
+CONTROL = re.compile(r"[();<>|&]+")   # what ends a command, or its arguments
 
-    Raises SettingsError, with file:line, for a script without train.py, a variable that it does not set, and shell
-    that goes beyond assignments.
+
+def read_script(path: str | Path) -> list[str]:
+    """The arguments that a shell script gives to train.py, its variables and the environment's filled in. Nothing is
+    run.
+
+    Raises SettingsError, with file:line, for a script without train.py, a variable that is not set, and shell that goes
+    beyond assignments.
     """
     path = Path(path)
     if not path.is_file():
         raise SettingsError("there is no such script", where=path, fix="check the path")
-    variables = {}
+    variables = dict(os.environ)
     for number, text in _whole_lines(path):
-        try:
-            words = shlex.split(text, comments=True)
-        except ValueError as error:
-            raise SettingsError(f"this line cannot be read ({error})", where=f"{path}:{number}",
-                                fix="close its quotes") from error
-        words = [_fill(word, variables, f"{path}:{number}") for word in words]
-        assigned = [re.fullmatch(r"(\w+)=(.*)", word, re.DOTALL) for word in words if word != "export"]
-        script = next((i for i, word in enumerate(words) if word.endswith("train.py")), None)
-        if script is not None:
-            if beyond := [word for word in words if "$" in word or "`" in word]:
-                raise SettingsError(f"{beyond[0]!r} would have to be run", where=f"{path}:{number}",
-                                    fix="write its result there")
-            return words[script + 1:]
-        if all(assigned):
-            variables |= {match[1]: match[2] for match in assigned}
+        where = f"{path}:{number}"
+        for command in _commands(text, where):
+            words = [_fill(word, variables, where) for word in command if word != "export"]
+            assigned = [re.fullmatch(r"(\w+)=(.*)", word, re.DOTALL) for word in words]
+            script = next((i for i, word in enumerate(words) if word.endswith("train.py")), None)
+            if script is not None:
+                if beyond := next((word for word in words if "$" in word or "`" in word), ""):
+                    raise SettingsError(f"{beyond!r} would have to be run", where=where, fix="write its result there")
+                return words[script + 1:]
+            if all(assigned):
+                variables |= {match[1]: match[2] for match in assigned}
     raise SettingsError("this script does not start train.py", where=path, fix="give a run_lora.sh of RWKV-PEFT")
 
 
-def _whole_lines(path: Path):
-    """(number, text) of each line, those that end in a backslash joined."""
+def _whole_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(number, text) of each line, those that end in a backslash joined; an option in between may be commented out."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise SettingsError("this script is not UTF-8", where=path, fix="save it as UTF-8 in a text editor") from error
     began, text = 1, ""
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
-        began = began if text else number
-        if line.rstrip().endswith("\\"):
-            text += line.rstrip()[:-1] + " "
-            continue
-        yield began, text + line
-        text = ""
+    for number, line in enumerate(lines, 1):
+        began, more = began if text else number, line.rstrip().endswith("\\")
+        if not (text and line.lstrip().startswith("#")):
+            text += line.rstrip().removesuffix("\\") + " "
+        if not more:
+            yield began, text
+            text = ""
     yield began, text
+
+
+def _commands(text: str, where: str) -> list[list[str]]:
+    """The words of each command in a line, without their redirections' signs."""
+    reader = shlex.shlex(re.sub(r"(?<=\s)\d(?=>)", "", text), posix=True, punctuation_chars=True)
+    reader.whitespace_split = True
+    try:
+        words = list(reader)
+    except ValueError as error:
+        raise SettingsError(f"this line cannot be read ({error})", where=where, fix="close its quotes") from error
+    ends = [i for i, word in enumerate(words) if CONTROL.fullmatch(word)]
+    return [words[a + 1:b] for a, b in itertools.pairwise([-1, *ends, len(words)])]
 
 
 def _fill(word: str, variables: dict[str, str], where: str) -> str:
     def value(match) -> str:
-        name = match[1] or match[2]
-        if name not in variables:
+        name, otherwise = match[1] or match[2], match[3]
+        if name not in variables and otherwise is None:
             raise SettingsError(f"the variable {name} is not set in this script", where=where,
-                                fix=f"write a line {name}=… above")
-        return variables[name]
+                                fix="write its value there" if name.isdigit() else f"write a line {name}=… above")
+        return variables.get(name) or otherwise or ""
 
-    return re.sub(r"\$(?:(\w+)|\{(\w+)\})", value, word)
+    return re.sub(r"\$(?:(\w+)|\{(\w+)(?::?-([^}]*))?\})", value, word)

@@ -164,8 +164,11 @@ class TrainSettings:
                                   "backpropagation): faster, but nothing is learnt across a border",
                                   "配合 chunk_ctx:1 表示梯度不跨块传递(截断反向传播),更快但学不到跨块联系",
                                   choices=(0, 1))
-    op: str = option("auto", "WKV operator; auto picks the fastest that works here",
-                      "WKV 算子;auto 自动选择最快的", choices=("auto", "torch", "chunked", "cpu"))
+    op: str = option(
+        "auto", "WKV operator: auto takes the fastest that works here and says which; cuda, triton and fla are for "
+        "GPUs, cpu is C++, chunked and torch are plain PyTorch",
+        "WKV 算子:auto 选择可用的最快算子并说明;cuda、triton、fla 用于显卡,cpu 为 C++,chunked、torch 为纯 PyTorch",
+        choices=("auto", "cuda", "triton", "fla", "cpu", "chunked", "torch"))
     accelerator: str = option("auto", "device that computes", "计算设备", choices=("auto", "cpu", "gpu"))
     devices: int = option(1, "GPUs of each machine, or processes on a CPU", "每台机器的显卡数量(CPU 为进程数)", low=1)
     num_nodes: int = option(1, "machines; the same command runs on each, with its node_rank", "机器数量", low=1)

@@ -67,6 +67,7 @@ def test_the_appendix_s_own_arguments_are_all_known(script):
 @pytest.mark.parametrize("text, said", [
     ("python train.py --r $r", "run_lora.sh:1: the variable r is not set"),
     ("a=1\npython train.py --x 'a", "run_lora.sh:2: this line cannot be read"),
+    ("python train.py --r $1", "write its value there"),
     ("echo hello", "does not start train.py"),
     ("python train.py --micro_bzs 2", "did you mean --micro_bsz"),
     ("python train.py --train_type infctx", "set --chunk_ctx"),
@@ -77,6 +78,19 @@ def test_what_cannot_be_read_is_answered_with_the_mend(tmp_path, capsys, text, s
     (tmp_path / "run_lora.sh").write_text(text)
     assert main(["import", str(tmp_path / "run_lora.sh"), "--proj_dir", str(tmp_path)]) == 1
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("export A='a b' # 注释\npython -u ./train.py --x $A --y \"${A}c\" > log 2>&1 &", ["--x", "a b", "--y", "a bc"]),
+    ("R=16; B=a;torchrun train.py --c \"{\\\"r\\\":$R}\" --b=$B && echo", ["--c", '{"r":16}', "--b=a"]),
+    ("python train.py --x 1 \\\n  # --wandb 项目 \\\n  --y 2 \\\n", ["--x", "1", "--y", "2"]),
+    ("a=1\r\npython train.py --x $a \\\r\n --y '路 径'\r\n", ["--x", "1", "--y", "路 径"]),
+    ("python train.py --x $FROM_OUTSIDE --y ${NOT_SET:-2}", ["--x", "outside", "--y", "2"]),
+])
+def test_the_shell_s_ways_of_writing(tmp_path, monkeypatch, text, expected):
+    monkeypatch.setenv("FROM_OUTSIDE", "outside")
+    (tmp_path / "run_lora.sh").write_bytes(text.encode())
+    assert read_script(tmp_path / "run_lora.sh") == expected
 
 
 def test_nothing_in_a_script_is_run(tmp_path):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from rwkv_nb import config
 from rwkv_nb.config import Settings, replace
 from rwkv_nb.errors import SettingsError
+from rwkv_nb.wkv import OPS
 
 FIELDS = {f.name: f for f in config.leaf_fields(Settings())}
 
@@ -67,6 +68,10 @@ def test_nearest_right_name_and_choice_are_offered():
         replace(Settings(), data_type="bin_idx")
     with pytest.raises(SettingsError, match="known: data_file"):
         replace(Settings(), qqqqq=1)
+
+
+def test_every_operator_can_be_chosen():
+    assert FIELDS["op"].metadata["choices"] == OPS
 
 
 def test_settings_cannot_change_in_place():

@@ -1,9 +1,11 @@
 """Every row of the tutorial's table: what it changes in the training, not that it is stored."""
 
 import math
+from collections import Counter
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from training import steps, train
 
 from rwkv_nb.config import Settings, TrainSettings, replace
@@ -12,6 +14,7 @@ from rwkv_nb.lora.adapter import apply_adapter, load_adapter
 from rwkv_nb.lora.layers import lora_layers, strength
 from rwkv_nb.lora.merge import merge
 from rwkv_nb.model import fingerprint, load_model, load_weights
+from rwkv_nb.model.checkpoint import HostEmbedding
 from rwkv_nb.runs import Run
 from rwkv_nb.train.loop import Trainer
 from rwkv_nb.train.schedule import learning_rate
@@ -54,6 +57,19 @@ def test_epoch_count_and_epoch_save_and_merge(tmp_path, settings):
 def test_ctx_len_and_micro_bsz_shape_the_batch(tmp_path, settings):
     for batch in trainer(tmp_path, settings, ctx_len=9, micro_bsz=3).batches.next_step():
         assert batch.inputs.shape[0] == 3 and batch.inputs.shape[1] <= 9
+
+
+def test_dataload_and_loss_mask_shape_what_is_trained(tmp_path, settings):
+    def first(**changes):
+        return trainer(tmp_path, settings, **{"ctx_len": 12, "micro_bsz": 3, "loss_mask": "none"} | changes).batches
+
+    packed, alone, slices = (first(dataload=how).next_step()[0] for how in ("pack", "only", "get"))
+    assert packed.starts.sum() > 1 and len(packed.inputs) == 1 and packed.inputs.shape[1] > 2 * 12
+    assert len(alone.inputs) == 1 and alone.starts is None
+    assert slices.inputs.shape == (3, 12)
+    assert len(first(dataload="split").items) > len(first(dataload="pad").items) == 30
+    all_, answers = (first(loss_mask=mask, ctx_len=64).next_step()[0].mask.sum() for mask in ("none", "template"))
+    assert 0 < answers < all_
 
 
 # -- the adapter -----------------------------------------------------------------------------------------------------
@@ -175,6 +191,43 @@ def test_op_and_accelerator_say_what_computes(tmp_path, settings):
     if not torch.cuda.is_available():
         with pytest.raises(SettingsError, match="no GPU"):
             trainer(tmp_path, settings, accelerator="gpu")
+
+
+def operations(made):
+    """How often each operator ran in one step."""
+    seen = Counter()
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen[func.namespace + "." + func._opname] += 1
+            return func(*args, **(kwargs or {}))
+
+    with Count():
+        made.train_step(made.settings.train.live)
+    return seen
+
+
+def test_op_and_grad_cp_decide_what_runs(tmp_path, settings):
+    """Two layers in one micro-batch: block computes each WKV twice, selective only what is around it."""
+    plain, selective, block, steps_ = (operations(trainer(tmp_path, settings, **changes)) for changes in (
+        {"op": "cpu"}, {"op": "cpu", "grad_cp": "selective"}, {"op": "cpu", "grad_cp": "block"}, {"op": "torch"}))
+    wkv, = (name for name in plain if name.startswith("rwkv_nb") and "backward" not in name)
+    assert [ran[wkv] for ran in (plain, selective, block, steps_)] == [2, 2, 4, 0]
+    assert plain["aten.mm"] < selective["aten.mm"] == block["aten.mm"]
+
+
+def test_what_is_held_in_fewer_bytes_or_elsewhere(tmp_path, settings):
+    made = trainer(tmp_path, settings, quant="nf4", quant_head=1, emb_cpu=1)
+    held = [layer.held.kind for layer in lora_layers(made.model).values()]
+    assert set(held) == {"nf4"} and made.model.head.held.kind == "int8" and type(made.model.emb) is HostEmbedding
+    plain = trainer(tmp_path, settings)
+    assert all(layer.held is None for layer in lora_layers(plain.model).values()) and plain.model.head.weight.numel()
+
+
+def test_truncated_bptt_learns_something_else(tmp_path, settings):
+    exact, truncated = (losses(tmp_path, settings, 6, chunk_ctx=8, truncated_bptt=cut, lr_init=3e-2, lora_dropout=0.0)
+                        for cut in (0, 1))
+    assert exact[0] == truncated[0] and abs(exact[-1] / truncated[-1] - 1) > 1e-5
 
 
 def test_random_seed_decides_order_and_adapter(tmp_path, settings):
