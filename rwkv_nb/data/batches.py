@@ -118,11 +118,6 @@ class Batches:
         done, place = divmod(self._position, self._n_rows)
         return step - (place - self._n_rows) // self.step_items + (epochs - done - 1) * self.steps_per_epoch
 
-    @property
-    def epoch(self) -> int:
-        """Times that every row has been handed out."""
-        return self._position // self._n_rows
-
     def next_step(self) -> list[Batch]:
         """This rank's micro-batches of the next optimizer step."""
         n, count, size = self._n_rows, self.step_items, self.micro_bsz

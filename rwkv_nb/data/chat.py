@@ -156,7 +156,7 @@ def _field(row: dict, name: str, of: str = "", kind: type = str, optional: bool 
         return kind()
     if name not in row:
         raise DataError(f'there is no "{name}"; its fields are {", ".join(map(repr, row)) or "none"}'
-                        + ("" if of else " (sft_field can name others)"))
+                        + ("" if of else " (with data_type sft, sft_field names others)"))
     if not isinstance(value, kind):
         what = "string" if kind is str else "list"
         raise DataError(f'"{name}"{of} is a {type(value).__name__}, not a {what}')

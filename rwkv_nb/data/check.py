@@ -163,18 +163,16 @@ def mend_jsonl(path: str | Path, target: str | Path, data: DataSettings = DEFAUL
 
 
 def _lines(path: Path) -> Iterator[bytes]:
-    """Lines without their ends, of UTF-16 files too; a byte-order mark is left out."""
+    """Lines without their ends, of UTF-16 files as UTF-8; a byte-order mark is left out."""
     with open(path, "rb") as file:
         encoding = likely_encoding(file.read(4000))
-        file.seek(0)
-        if encoding.startswith("UTF-16"):
-            try:
-                text = file.read().decode(encoding).removeprefix("\ufeff")
-                yield from text.replace("\r\n", "\n").encode().split(b"\n")
-            except UnicodeError as error:
-                raise DataError(f"it cannot be read as {encoding}", where=path, fix="save it as UTF-8") from error
-        else:
-            yield from (line.rstrip(b"\r\n").removeprefix(codecs.BOM_UTF8) for line in file)
+    utf16 = encoding.startswith("UTF-16")
+    try:
+        with open(path, encoding=encoding, newline="\n") if utf16 else open(path, "rb") as file:
+            for line in file:
+                yield (line.encode() if utf16 else line).rstrip(b"\r\n").removeprefix(codecs.BOM_UTF8)
+    except UnicodeError as error:
+        raise DataError(f"it cannot be read as {encoding}", where=path, fix="save it as UTF-8") from error
 
 
 _CURLY = str.maketrans("“”„‟＂", '"""""')

@@ -183,12 +183,11 @@ def find_data_file(path: str | Path, data_type: str = "auto") -> DataFile:
     if not fitting and data_type == "sft" and "sft" not in KINDS.get(path.suffix.lower(), ()):
         return DataFile(path, "sft")
     if not fitting:
-        what = "this is a folder" if path.is_dir() else "there is no such data file"
-        here = [] if path.is_dir() else [p.name for p in path.absolute().parent.glob("*")
-                                         if p.is_file() and p.suffix.lower() in KINDS]
-        raise DataError(what + f" of type {data_type}" * (data_type != "auto"), where=os.path.abspath(path),
-                        fix=did_you_mean(path.name, here, "name a file in it" if path.is_dir() else
-                                         "check the name and the folder"))
+        if path.is_dir():
+            raise DataError("this is a folder", where=os.path.abspath(path), fix="name a file in it")
+        here = [p.name for p in path.absolute().parent.glob("*") if p.is_file() and p.suffix.lower() in KINDS]
+        raise DataError("there is no such data file" + f" of type {data_type}" * (data_type != "auto"),
+                        where=os.path.abspath(path), fix=did_you_mean(path.name, here, "check the name and the folder"))
     if len(fitting) > 1:
         names = ", ".join(f.path.name for f in fitting)
         return fitting[0]._replace(notice=f"{names} all fit {path.name!r}: {fitting[0].path.name} is read; "

@@ -7,6 +7,7 @@ below them too, for readers who do not tell the colours apart.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from html import escape
 from typing import NamedTuple
@@ -49,8 +50,9 @@ def length_figure(sizes: np.ndarray, ctx_len: int) -> Figure:
     left, right = axes.get_xlim()
     axes.set_xlim(left, max(right, ctx_len * 1.02))
     middle = np.sqrt(left * right) if axes.get_xscale() == "log" else (left + right) / 2
-    axes.annotate(f" ctx_len {ctx_len}: {_split_text(fits)} ", (ctx_len + 1.5, 1), xycoords=("data", "axes fraction"),
-                  ha="right" if ctx_len > middle else "left", va="bottom", fontsize=9, color=INK, annotation_clip=False)
+    told = "every document fits" if fits.all() else f"{1 - fits.mean():.1%} of the documents are split"
+    axes.annotate(f" ctx_len {ctx_len}: {told} ", (ctx_len + 1.5, 1), xycoords=("data", "axes fraction"), va="bottom",
+                  ha="right" if ctx_len > middle else "left", fontsize=9, color=INK, annotation_clip=False)
     axes.set_xlabel("tokens in a document", color=INK)
     axes.set_ylabel("documents", color=INK)
     return figure
@@ -66,12 +68,6 @@ def _edges(sizes: np.ndarray, ctx_len: int) -> np.ndarray:
         return np.geomspace(low, high, 41)
     width = -(-(high - low) // 40)
     return np.arange(low - (low - ctx_len - 2) % width, high + width, width) - 0.5
-
-
-def _split_text(fits: np.ndarray) -> str:
-    if fits.all():
-        return "every document fits"
-    return f"{1 - fits.mean():.1%} of the documents are split"
 
 
 def groups(document: Document, tokenizer) -> Iterator[Group]:
@@ -101,16 +97,13 @@ def document_html(document: Document, tokenizer, *, most: int = 2000) -> str:
     Documents longer than `most` tokens are cut there, which is said.
     """
     shown = Document(document.tokens[:most], document.mask[:most])
-    runs, last = [], None
-    for group in groups(shown, tokenizer):
-        if group.trained is not last:  # one coloured stretch for neighbours that are alike keeps the page small
-            runs.append(f"</span>{_open(group.trained)}" if runs else _open(group.trained))
-            last = group.trained
-        runs.append(_token_html(group))
+    # one coloured stretch for neighbours that are alike keeps the page small
+    runs = [f"{_open(trained)}{''.join(map(_token_html, alike))}</span>"
+            for trained, alike in itertools.groupby(groups(shown, tokenizer), lambda group: group.trained)]
     more = len(document.tokens) - len(shown.tokens)
     rest = f'<span style="{_MARK}"> … and {more:,} more tokens</span>' if more else ""
     return (f'<div style="font-family:var(--jp-code-font-family,monospace);font-size:13px;line-height:1.9;'
-            f'white-space:pre-wrap;overflow-wrap:anywhere">{"".join(runs)}{"</span>" if runs else ""}{rest}</div>'
+            f'white-space:pre-wrap;overflow-wrap:anywhere">{"".join(runs)}{rest}</div>'
             + _legend(document))
 
 
@@ -120,8 +113,8 @@ def _open(trained: bool) -> str:
 
 def _token_html(group: Group) -> str:
     text = escape(group.text)
-    text = text.replace("\r", f'<span style="{_MARK}">␍</span>').replace("\t", f'<span style="{_MARK}">⇥</span>\t')
-    text = text.replace("\n", f'<span style="{_MARK}">↵</span>\n')
+    for hidden, mark, kept in (("\r", "␍", ""), ("\t", "⇥", "\t"), ("\n", "↵", "\n")):
+        text = text.replace(hidden, f'<span style="{_MARK}">{mark}</span>{kept}')
     if group.ids == [0]:
         text = f'<span style="{_MARK}">end</span>'
     elif len(group.ids) > 1:
@@ -142,7 +135,7 @@ def _legend(document: Document) -> str:
 class LengthSlider(widgets.VBox):
     """Documents' lengths (int [n], tokens) against a ctx_len that can be moved: what is cut, what is padding.
 
-    `value` is the ctx_len that is chosen, `packed` whether rows are packed.
+    `value` is the ctx_len that is chosen.
     """
 
     def __init__(self, sizes: np.ndarray, ctx_len: int, micro_bsz: int = 8):
@@ -166,12 +159,8 @@ class LengthSlider(widgets.VBox):
     def value(self) -> int:
         return self._slider.value
 
-    @property
-    def packed(self) -> bool:
-        return self._pack.value
-
     def _show(self, _=None) -> None:
-        self._text.value = escape(fit_text(fit(self._sizes, self.value, self._micro_bsz), self.packed))
+        self._text.value = escape(fit_text(fit(self._sizes, self.value, self._micro_bsz), self._pack.value))
         self._image.value = png(length_figure(self._sizes, self.value))
 
 

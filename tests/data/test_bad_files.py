@@ -36,7 +36,7 @@ REPORTS = {  # file → (what it holds, the report's lines below its first, how 
                 ['g.jsonl:1: "tools" of turn 1 is a str, not a list'], 0),
     "h.jsonl": (turns(role="Assistant").replace("user", "USER"), [], 1),
     "i.jsonl": ('{"question": "a", "answer": "b"}', ['i.jsonl:1: there is no "text"; its fields are \'question\', '
-                "'answer' (sft_field can name others)"], 0),
+                "'answer' (with data_type sft, sft_field names others)"], 0),
     "j.csv": ("query,response\n问题,回答\n".encode("gbk"), ["j.csv:2: byte 16 is not UTF-8 (GB18030 perhaps): save the "
                                                             "file as UTF-8", "    问题,回答"], 0),
     "k.json": (f"{ROW}\n{ROW}", ["k.json:2: this is not JSON: Extra data, column 1; where each line is a row, rename "

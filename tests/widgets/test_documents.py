@@ -83,9 +83,9 @@ def test_the_slider_tells_what_is_cut_and_padded():
     before = view.children[2].value
     view._slider.value = 20
     assert "50.0% of the documents" in view.children[1].value and view.children[2].value != before
-    assert "padding" in view.children[1].value and not view.packed
+    assert "padding" in view.children[1].value
     view._pack.value = True
-    assert "no padding" in view.children[1].value and view.packed and "ctx_len 20" in repr(view)
+    assert "no padding" in view.children[1].value and "ctx_len 20" in repr(view)
 
 
 def test_the_browser_turns_to_every_document_and_stops_at_the_ends():
