@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -147,7 +148,7 @@ def _choose(logits: Tensor, rows: list[_Row], fed: int, how: Sampling) -> list[i
 def _sample(logits: Tensor, random: torch.Generator, how: Sampling) -> int:
     """logits [V] → a token drawn from the smallest set of likeliest tokens that holds top_p (the nucleus;
     Holtzman et al. 2020, arXiv 1904.09751)."""
-    p = torch.softmax(logits / how.temperature, -1)
+    p = torch.softmax((logits - logits.max()) / how.temperature, -1)    # at 1e-40 too
     if how.top_p == 1:
         return int(torch.multinomial(p, 1, generator=random))
     top, tokens = p.topk(min(256, len(p)))       # as a rule enough; sorting 65536 takes longer than a layer
@@ -158,7 +159,7 @@ def _sample(logits: Tensor, random: torch.Generator, how: Sampling) -> int:
 
 
 def _check(how: Sampling) -> None:
-    if how.temperature < 0 or not 0 < how.top_p <= 1:
+    if not 0 <= how.temperature < math.inf or not 0 < how.top_p <= 1:
         raise SettingsError(f"temperature {how.temperature}, top_p {how.top_p} cannot be sampled with",
                             where="generate", fix="temperature ≥ 0 (0 takes the likeliest token), 0 < top_p ≤ 1")
 

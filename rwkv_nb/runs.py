@@ -58,6 +58,14 @@ def check_disk(need: int, target: Path) -> None:
                        fix="free some disk space or choose another folder")
 
 
+def check_output(target: Path, suffix: str, *sources: str | Path) -> None:
+    """Raise RunError where `target` is one of the files that it is made from, or has another format's name."""
+    if target.exists() and any(Path(source).exists() and target.samefile(source) for source in sources):
+        raise RunError("this would replace what it is made from", where=target, fix="choose another output")
+    if target.suffix != suffix:
+        raise RunError(f"what is written is a {suffix}", where=target, fix=f"choose a name that ends in {suffix}")
+
+
 def write_text(target: Path, text: str) -> None:
     """Write a text file whole (UTF-8)."""
     write_bytes(target, text.encode())

@@ -105,7 +105,13 @@ def test_training_mode_comes_back(model):
     assert model.training
 
 
-@pytest.mark.parametrize("options", [{"temperature": -1.0}, {"temperature": 1.0, "top_p": 0.0}, {"top_p": 1.5}])
+def test_a_temperature_near_0_is_0(model):
+    cold = generate(model, TOKENIZER, PROMPTS, max_tokens=8, temperature=1e-40, stop=())
+    assert cold == generate(model, TOKENIZER, PROMPTS, max_tokens=8, temperature=0.0, stop=())
+
+
+@pytest.mark.parametrize("options", [{"temperature": -1.0}, {"temperature": float("nan")},
+                                     {"temperature": 1.0, "top_p": 0.0}, {"top_p": 1.5}])
 def test_sampling_values_out_of_range_are_refused(model, options):
     with pytest.raises(SettingsError, match="temperature"):
         generate(model, TOKENIZER, ["a"], max_tokens=2, **options)

@@ -16,7 +16,7 @@ from ..model import load_weights, read_shape
 from ..model.ai00 import to_ai00
 from ..model.checkpoint import check_keys
 from ..model.streaming import Progress, cast, parked
-from ..runs import atomic_path
+from ..runs import atomic_path, check_output
 from .runner import check_for_other_programs
 
 # What web-rwkv adds a LoRA to, and what it replaces by a LoRA file's own values.
@@ -35,7 +35,7 @@ def export_ai00(source: str | Path, out: str | Path, *, lora_alpha: float | None
         shape = read_shape(weights)
         check_keys(weights, shape, where=source)
         check_for_other_programs(shape, source)
-        _write(out, weights, progress)
+        _write(source, out, weights, progress)
         return f"{out}: put it into Ai00's models folder"
     adapter = load_adapter(source, lora_alpha)
     odd = [k for k, v in adapter.tensors.items() if not _ADDED.fullmatch(k) and (k not in adapter.parts
@@ -43,11 +43,13 @@ def export_ai00(source: str | Path, out: str | Path, *, lora_alpha: float | None
     if odd:
         raise AdapterError(f"Ai00 takes no LoRA on {odd[0].removesuffix('.lora_A')}", where=source,
                            fix="merge the adapter and export the merged model")
-    _write(out, adapter.tensors, progress)
+    _write(source, out, adapter.tensors, progress)
     return f"{out}: give it to Ai00 as a LoRA with alpha = {adapter.meta.lora_alpha:g}; Ai00 divides it by the rank"
 
 
-def _write(out: str | Path, tensors: dict[str, Tensor], progress: Progress | None) -> None:
+def _write(source: str | Path, out: str | Path, tensors: dict[str, Tensor], progress: Progress | None) -> None:
+    check_output(Path(out), ".st", source)
+
     def change(key: str, tensor: Tensor) -> Tensor:
         return to_ai00(key, cast(key, tensor, torch.float16))[1]
 

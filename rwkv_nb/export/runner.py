@@ -8,6 +8,7 @@ from ..errors import CheckpointError
 from ..model import load_weights, read_shape, save_weights
 from ..model.checkpoint import check_keys
 from ..model.streaming import Progress
+from ..runs import check_output
 
 WORLD_ROWS = 65536
 
@@ -21,6 +22,7 @@ def export_runner(source: str | Path, out: str | Path, *, progress: Progress | N
     shape = read_shape(weights)
     check_keys(weights, shape, where=source)
     check_for_other_programs(shape, source)
+    check_output(Path(out), ".pth", source)
     save_weights(out, {key: weights[key] for key in shape.key_shapes()}, progress=progress)
     return f"{out}: put it into RWKV Runner's models folder"
 

@@ -45,6 +45,7 @@ class AdapterMeta:
     tokenizer: str = ""
     epoch: int = 0
     step: int = 0
+    quant: str = "none"        # how the base was held meanwhile
 
 
 @dataclass(frozen=True)
@@ -86,11 +87,12 @@ def set_adapter_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None
 
 
 def save_adapter(path: str | Path, model: nn.Module, lora: LoraSettings, *, base_path: str | Path,
-                 base_fingerprint: str, template: str, tokenizer: str, epoch: int, step: int) -> None:
+                 base_fingerprint: str, template: str, tokenizer: str, epoch: int, step: int,
+                 quant: str = "none") -> None:
     """Write the adapter that `model` got from attach(), whole. Raises RunError when the disk is full."""
     targets = tuple(lora.target_modules) or endings(lora_layers(model))
     meta = AdapterMeta(lora.r, float(lora.lora_alpha), targets, model.shape, base_fingerprint, Path(base_path).name,
-                       template, tokenizer, epoch, step)
+                       template, tokenizer, epoch, step, quant)
     words = {k: json.dumps(v) for k, v in dataclasses.asdict(meta).items()}
     tensors = {k: v.cpu().contiguous() for k, v in adapter_tensors(model).items()}
     data = save(tensors, metadata={"format": FORMAT, "version": str(VERSION), **words})
@@ -133,12 +135,14 @@ def _foreign(path: Path, lora_alpha: float | None) -> Adapter:
 
 def _read_meta(words: Mapping[str, str], path: Path) -> AdapterMeta:
     """The metadata's JSON, with its types checked."""
+    words = {"quant": '"none"', **words}        # older files do not say it
     try:
         values = {f.name: json.loads(words[f.name]) for f in dataclasses.fields(AdapterMeta)}
         values["base_shape"] = Shape(**values["base_shape"])
         values["target_modules"] = tuple(values["target_modules"])
         meta = AdapterMeta(**values)
-        names = (*meta.target_modules, meta.base_fingerprint, meta.base_name, meta.template, meta.tokenizer)
+        names = (*meta.target_modules, meta.base_fingerprint, meta.base_name, meta.template, meta.tokenizer,
+                 meta.quant)
         sane = (type(meta.r) is int and meta.r > 0 and type(meta.lora_alpha) is float
                 and math.isfinite(meta.lora_alpha) and meta.target_modules and all(type(n) is str for n in names))
         if not sane:
@@ -214,5 +218,6 @@ def combine(adapters: Sequence[Adapter], strengths: Sequence[float], base: Mappi
                                     fix="go back to the base's file")
             old, new = base[key].float(), adapter.tensors[key]
             tensors[key] = tensors[key] + s * (new - old) if key in tensors else torch.lerp(old, new, s)
-    meta = dataclasses.replace(adapters[0].meta, r=r, lora_alpha=float(r), target_modules=tuple(names))
+    quant = next((a.meta.quant for a in adapters if a.meta.quant != "none"), "none")
+    meta = dataclasses.replace(adapters[0].meta, quant=quant, r=r, lora_alpha=float(r), target_modules=tuple(names))
     return Adapter(tensors, meta, adapters[0].path)

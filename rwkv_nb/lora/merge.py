@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import RunError, SettingsError
+from ..errors import SettingsError
 from ..model import fingerprint, load_model, load_weights, read_shape, save_weights
 from ..model.checkpoint import check_keys
 from ..model.streaming import Progress, cast
-from ..runs import check_disk
+from ..runs import check_disk, check_output
 from .adapter import Adapter, apply_adapter, check_adapter, combine, load_adapter
 
 # Largest logit difference that counts as rounding: a part of what the adapter does, and a part of the largest logit
@@ -40,6 +40,7 @@ class Proof:
     largest_logit: float
     logit_effect: float          # largest logit difference, base against base with adapter
     logit_difference: float      # largest logit difference, base with adapter against merged file
+    quant: str                   # how the base was held when the adapter was trained: "none", "int8" or "nf4"
     tolerance: float             # what counts as rounding; more means that the file's dtype swallowed the adapter
 
     @property
@@ -49,7 +50,9 @@ class Proof:
     def __str__(self) -> str:
         return "\n".join([
             f"merged {self.merged_layers} layers into {self.path} ({self.dtype})"
-            + (f", with {self.parts} trained norms and the like" if self.parts else ""),
+            + (f", with {self.parts} trained norms and the like" if self.parts else "")
+            + (f"\n  trained on a base in {self.quant}, merged into the original: it may score a little lower, judge it"
+               if self.quant != "none" else ""),
             f"  reloads, with the base's keys, order and shapes: {self.same_keys}",
             f"  all other tensors as in the base, bit for bit: {self.others_untouched}",
             f"  largest change of a weight: {self.largest_weight_change:.3g}",
@@ -79,9 +82,8 @@ def merge(base_path: str | Path, adapter_path: str | Path | Sequence[str | Path]
     if not paths or len(strengths) != len(paths) or not all(map(math.isfinite, strengths)):
         raise SettingsError(f"strength cannot be {strength} for {len(paths)} adapters", where="strength",
                             fix="one number for all, or one each: 0 is the base, 1 as trained")
-    if out_path.exists() and out_path.samefile(base_path):
-        raise RunError("the merged model would replace its own base", where=out_path, fix="choose another output")
     adapters, weights = [load_adapter(path, lora_alpha) for path in paths], load_weights(base_path)
+    check_output(out_path, ".pth", base_path, *paths)
     shape, base = read_shape(weights), fingerprint(base_path)
     check_keys(weights, shape, where=base_path)
     for adapter in adapters:
@@ -127,7 +129,7 @@ def _prove(base_path: Path, weights: dict[str, Tensor], adapter: Adapter, out_pa
     largest, effect = after.abs().max().item(), (after - before).abs().max().item()
     coarsest = max(OF_LOGIT[compared], OF_LOGIT[out] if out != own else 0)
     return Proof(out_path, len(changed) - len(adapter.parts), len(adapter.parts), str(out).removeprefix("torch."),
-                 change, same, untouched, largest, effect, (merged - after).abs().max().item(),
+                 change, same, untouched, largest, effect, (merged - after).abs().max().item(), adapter.meta.quant,
                  OF_EFFECT * effect + coarsest * largest)
 
 

@@ -264,7 +264,8 @@ class Trainer:
                                     where=f"step {self.step}", fix=_NOT_A_NUMBER)
             if not self.ranks.rank:
                 save_adapter(files[0], self.model, s.lora, base_path=s.train.load_model, base_fingerprint=self.base,
-                             template=s.data.template, tokenizer=self.tokenizer.name, epoch=self.epoch, step=self.step)
+                             template=s.data.template, tokenizer=self.tokenizer.name, epoch=self.epoch, step=self.step,
+                             quant=s.train.quant)
         if not self.ranks.rank and len(files) > 1:
             merge(s.train.load_model, *files, prove=False)
         return files

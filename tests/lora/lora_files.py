@@ -24,7 +24,7 @@ def make_base(path, *, seed=0, dtype=torch.float32, n_layer=2, n_embd=64, vocab_
 
 
 @torch.no_grad()
-def make_adapter(path, base_path, *, lora=LORA, seed=0):
+def make_adapter(path, base_path, *, lora=LORA, seed=0, quant="none"):
     """Write an adapter of the base as if it had been trained; returns its path and the model that it belongs to."""
     model = load_model(base_path, dtype=torch.float32)
     attach(model, lora, seed)
@@ -32,5 +32,5 @@ def make_adapter(path, base_path, *, lora=LORA, seed=0):
     for parameter in adapter_parameters(model):
         parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
     save_adapter(path, model, lora, base_path=base_path, base_fingerprint=fingerprint(base_path), template="chat",
-                 tokenizer="byte", epoch=2, step=34)
+                 tokenizer="byte", epoch=2, step=34, quant=quant)
     return path, model.eval()

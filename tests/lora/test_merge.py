@@ -70,6 +70,12 @@ def test_a_proof_that_fails_says_so(lively, tmp_path):
         assert not failed.ok and "merged == adapter: False" in str(failed)
 
 
+def test_what_a_quantised_base_means_is_said(lively, tmp_path):
+    for quant in ("none", "nf4"):
+        adapter, _ = make_adapter(tmp_path / f"{quant}.safetensors", lively, quant=quant)
+        assert ("judge it" in str(merge(lively, adapter, tmp_path / "merged.pth"))) == (quant == "nf4")
+
+
 def test_nothing_is_written_where_something_is_wrong(lively, tmp_path):
     adapter, _ = make_adapter(tmp_path / "a.safetensors", lively)
     other, out = make_base(tmp_path / "other.pth", seed=5), tmp_path / "merged.pth"
@@ -83,8 +89,13 @@ def test_nothing_is_written_where_something_is_wrong(lively, tmp_path):
     save_weights(cut, {k: v for k, v in load_weights(lively).items() if k != "blocks.1.ffn.value.weight"})
     with pytest.raises(CheckpointError, match=r"missing: blocks\.1\.ffn\.value\.weight"):
         merge(cut, adapter, out)
-    with pytest.raises(RunError, match="its own base"):
-        merge(other, adapter, other)
+    before = adapter.read_bytes()
+    for name in (other, adapter):
+        with pytest.raises(RunError, match="would replace what it is made from"):
+            merge(other, adapter, name, allow_other_base=True)
+    with pytest.raises(RunError, match=r"ends in \.pth"):
+        merge(other, adapter, tmp_path / "merged.safetensors", allow_other_base=True)
+    assert adapter.read_bytes() == before
     with pytest.raises(SettingsError, match="nan"):
         merge(lively, adapter, out, strength=float("nan"))
     assert out.read_bytes() == b"what was there before" and not list(tmp_path.glob("*.tmp"))
