@@ -161,7 +161,7 @@ class Run:
         """Move what an earlier run left to previous-N/; settings.json stays. Returns that folder, or None."""
         made = (self.started_file, self.metrics_file, self.log_file, self.checkpoint_file, *self.adapters(),
                 *self.folder.glob("rwkv-*.pth"),
-                *(self.folder / name for name in ("merged.pth", "score.json", "score.png", "loss.png")))
+                *(self.folder / name for name in ("merged.pth", "score.json", "score.txt", "score.png", "loss.png")))
         products = [p for p in made if p.exists()]
         if not products:
             return None
