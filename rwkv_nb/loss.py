@@ -26,13 +26,16 @@ def head_loss(hidden: Tensor, head: nn.Module, targets: Tensor, mask: Tensor, n_
               *, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
     """This micro-batch's share of the step's loss.
 
-    hidden [B,T,C], head: C → V, targets int64 [B,T], mask bool [B,T] (which targets are trained),
-    n_trained: N of the whole step. Returns (loss, Σ cross-entropy), fp32 scalars; the second carries no gradient.
+    hidden [B,T,C], head: C → V, targets int64 [B,T], mask bool [B,T] (which targets are trained; where it lies on
+    the CPU, no GPU is waited for), n_trained: N of the whole step. Returns (loss, Σ cross-entropy), fp32 scalars; the
+    second carries no gradient.
     Logits are made for `chunk` trained tokens at a time, and the gradient for `hidden` in the same pass.
     No trained token gives 0.
     """
     parameters = [p for p in head.parameters() if p.requires_grad]
-    return _HeadLoss.apply(hidden[mask], head, targets[mask], max(n_trained, 1), chunk, *parameters)
+    rows = mask.flatten().nonzero()[:, 0].to(hidden.device, non_blocking=True)
+    return _HeadLoss.apply(hidden.flatten(0, 1)[rows], head, targets.flatten()[rows], max(n_trained, 1), chunk,
+                           *parameters)
 
 
 class _HeadLoss(torch.autograd.Function):

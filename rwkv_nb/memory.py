@@ -33,6 +33,11 @@ from .wkv.kernels import SAVE
 CONTEXT = 500_000_000     # what CUDA, or Python with torch, takes for itself
 ADAM_BYTES = {"fp32": 8.0, "bf16": 4.0, "8bit": 2 + 8 / 256}
 TRACED = ("precision", "grad_cp", "quant", "quant_double", "micro_bsz", "op")  # what a block's bytes follow from
+# GB on an RTX 4090 as RWKV's LoRA tutorial publishes them: bf16, int8, nf4; r 64, ctx_len 1024, micro_bsz 1.
+TUTORIAL = {"0.1B": (2.7, 2.5, 2.4), "0.4B": (3.4, 2.9, 2.7), "1.5B": (5.6, 4.6, 3.9), "2.9B": (8.8, 6.7, 5.7),
+            "v6 1.6B": (7.3, 5.9, 5.4), "v6 3B": (11.8, 9.4, 8.1), "v6 7B": (23.7, 17.3, 14.9)}
+TUTORIAL_SETTINGS = config.replace(Settings(), precision="bf16", ctx_len=1024, r=64, lora_alpha=32.0, lora_dropout=0.05)
+QUANTS = ("none", "int8", "nf4")
 
 
 class LiveBytes(TorchDispatchMode):

@@ -31,7 +31,7 @@ def backward_by_chunks(model, batch: Batch, n_trained: int, chunk: int, *, trunc
     def learn(i: int, state: State | None, d_after: list[Tensor] | None) -> State:
         nonlocal ce
         before_chunk(i)
-        inputs, targets, mask = (part.to(device) for part in chunks[i])
+        inputs, targets, mask = chunks[i][0].to(device), chunks[i][1].to(device), chunks[i][2]
         hidden, after = model.hidden(inputs, state, **how)
         loss, sum_ce = head_loss(hidden, model.head, targets, mask, n_trained)
         torch.autograd.backward([loss * scale, *(after if d_after else ())], [None, *(d_after or ())])

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from .. import config, memory
 from ..config import PRESETS, Settings
 from ..errors import RwkvNbError
+from ..memory import QUANTS, TUTORIAL, TUTORIAL_SETTINGS
 from ..model import Shape, load_weights, read_shape
 from ..runs import Run
 from ..words import bytes_text
@@ -18,11 +19,6 @@ from .panel_form import SettingsForm
 from .panel_html import error_html, rows_html
 from .plots import COLOURS, INK, stacked_bars
 
-# GB on an RTX 4090 as RWKV's LoRA tutorial publishes them: bf16, int8, nf4; r 64, ctx_len 1024, micro_bsz 1.
-TUTORIAL = {"0.1B": (2.7, 2.5, 2.4), "0.4B": (3.4, 2.9, 2.7), "1.5B": (5.6, 4.6, 3.9), "2.9B": (8.8, 6.7, 5.7),
-            "v6 1.6B": (7.3, 5.9, 5.4), "v6 3B": (11.8, 9.4, 8.1), "v6 7B": (23.7, 17.3, 14.9)}
-TUTORIAL_SETTINGS = config.replace(Settings(), precision="bf16", ctx_len=1024, r=64, lora_alpha=32.0, lora_dropout=0.05)
-QUANTS = ("none", "int8", "nf4")
 _PART_COLOURS = {"weights": COLOURS[0], "LoRA": COLOURS[1], "gradients": COLOURS[4], "optimizer": COLOURS[3],
                  "checkpoints": COLOURS[2], "block peak": COLOURS[5], "loss": "#999999", "context": "#cccccc"}
 

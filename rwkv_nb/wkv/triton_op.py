@@ -7,6 +7,8 @@ Tested on a CPU by Triton's interpreter. Not yet run on a GPU.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from ..errors import KernelError
@@ -22,10 +24,12 @@ SAVE = 16  # steps between two saved states
 ROWS = 16  # value channels of one forward program
 
 
+@torch.compiler.assume_constant_result
 def load() -> None:
-    """Raises KernelError where triton is missing."""
+    """Registers the operators that torch.compile can hold, once. Raises KernelError where triton is missing."""
     if triton is None:
         raise KernelError("triton is not installed", where="op", fix="pip install 'rwkv_nb[triton]'")
+    _register()
 
 
 def wkv7(r, w, k, v, a, b, state=None):
@@ -50,38 +54,61 @@ def _run(r, w, k, v, a, b, state):
                           fix='use op "chunked"')
     if state is None:
         state = r.new_zeros(B, H, N, N, dtype=torch.float32)
-    return _WKV.apply(r, w, k, v, a, b, state)
+    inputs = r, w, k, v, a, b, state
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    y, last, _ = torch.ops.rwkv_nb.wkv_triton(*inputs, keep)
+    return y, last
 
 
-class _WKV(torch.autograd.Function):
-    """r, w, k, v [B,T,H,N] and, for WKV-7, a and b like them; for WKV-6 a is u [H,N] and b None."""
+@functools.cache
+def _register() -> None:
+    """r, w, k, v [B,T,H,N] and, for WKV-7, a and b like them; for WKV-6 a is u [H,N] and b None, its gradient empty."""
+    for name, work, fake, more, results in (("", _forward_pass, _outputs, "Tensor state, bool keep", 3),
+                                            ("_backward", _backward_pass, _gradients,
+                                             "Tensor saved, Tensor dy, Tensor dlast", 7)):
+        schema = (f"(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor? b, {more}) -> "
+                  f"({', '.join(['Tensor'] * results)})")
+        torch.library.custom_op(f"rwkv_nb::wkv_triton{name}", work, mutates_args=(), schema=schema).register_fake(fake)
+    torch.library.register_autograd("rwkv_nb::wkv_triton", _backward_of, setup_context=_keep_for_backward)
 
-    @staticmethod
-    def forward(ctx, r, w, k, v, a, b, state):
-        (B, T, H, N), delta = r.shape, b is not None
-        inputs = [x.contiguous() for x in (r, w, k, v, a, b if delta else a)]
-        y, last = r.new_empty(r.shape), state.new_empty(state.shape, dtype=torch.float32)
-        keep = any(ctx.needs_input_grad)
-        saved = last.new_empty(B * H * triton.cdiv(T, SAVE) if keep else 1, N, N)
-        state = state.float().contiguous()
-        _forward[B * H, N // ROWS](*inputs, state, y, last, saved, T, H, N, ROWS, SAVE, delta, keep)
-        ctx.save_for_backward(*inputs, saved)
-        ctx.delta = delta
-        return y, last
 
-    @staticmethod
-    def backward(ctx, dy, dlast):
-        *inputs, saved = ctx.saved_tensors
-        B, T, H, N = inputs[0].shape
-        grads = [torch.empty_like(x) for x in inputs]
-        if not ctx.delta:
-            grads[4] = saved.new_empty(B, H, N)
-        dstate, scratch = torch.empty_like(dlast), saved.new_empty(B * H, SAVE, N, N)
-        dy, dlast = dy.contiguous(), dlast.contiguous()
-        _backward[B * H,](*inputs, saved, dy, dlast, *grads, dstate, scratch, T, H, N, SAVE, ctx.delta)
-        if not ctx.delta:
-            grads[4:] = grads[4].sum(0).to(inputs[4].dtype), None
-        return *grads, dstate
+def _keep_for_backward(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:6], output[2])
+
+
+def _backward_of(ctx, dy, dlast, _):
+    *grads, db, dstate = torch.ops.rwkv_nb.wkv_triton_backward(*ctx.saved_tensors, dy, dlast)
+    return *grads, db if ctx.saved_tensors[5] is not None else None, dstate, None
+
+
+def _outputs(r, w, k, v, a, b, state, keep):
+    (B, T, H, N), fp32 = r.shape, {"dtype": torch.float32}
+    saved = r.new_empty(B * H * -(-T // SAVE) if keep else 1, N, N, **fp32)
+    return r.new_empty(r.shape), r.new_empty(state.shape, **fp32), saved
+
+
+def _forward_pass(r, w, k, v, a, b, state, keep):
+    (_, T, H, N), delta = r.shape, b is not None
+    inputs = [x.contiguous() for x in (r, w, k, v, a, b if delta else a)]
+    y, last, saved = _outputs(r, w, k, v, a, b, state, keep)
+    _forward[state.shape[0] * H, N // ROWS](*inputs, state.float().contiguous(), y, last, saved, T, H, N, ROWS, SAVE,
+                                            delta, keep)
+    return y, last, saved
+
+
+def _gradients(r, w, k, v, a, b, saved, dy, dlast):
+    return *(x.new_empty(x.shape) for x in (r, w, k, v, a)), (r if b is None else b).new_empty(
+        0 if b is None else b.shape), dlast.new_empty(dlast.shape)
+
+
+def _backward_pass(r, w, k, v, a, b, saved, dy, dlast):
+    (B, T, H, N), delta = r.shape, b is not None
+    inputs = [x.contiguous() for x in (r, w, k, v, a, b if delta else a)]
+    *grads, db, dstate = _gradients(r, w, k, v, a, b, saved, dy, dlast)
+    du, scratch = saved.new_empty(B, H, N), saved.new_empty(B * H, SAVE, N, N)
+    _backward[B * H,](*inputs, saved, dy.contiguous(), dlast.contiguous(), *grads[:4],
+                      *((grads[4], db) if delta else (du, du)), dstate, scratch, T, H, N, SAVE, delta)
+    return *grads[:4], grads[4] if delta else du.sum(0).to(a.dtype), db, dstate
 
 
 def _jit(kernel):

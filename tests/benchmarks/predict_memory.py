@@ -27,9 +27,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from rwkv_nb.config import PRESETS, Settings, replace
 from rwkv_nb.lora.layers import adapter_parameters
 from rwkv_nb.loss import CHUNK
-from rwkv_nb.memory import ADAM_BYTES, LiveBytes, estimate, numberless
+from rwkv_nb.memory import ADAM_BYTES, QUANTS, TUTORIAL, TUTORIAL_SETTINGS, LiveBytes, estimate, numberless
 from rwkv_nb.model import PUBLISHED, PUBLISHED_OLDER, Shape
-from rwkv_nb.widgets.memory import QUANTS, TUTORIAL, TUTORIAL_SETTINGS
 
 BARS = {"balanced": 0.70, "small": 0.58}   # the geometric mean of ours ÷ the tutorial's that is asked for
 FLOOR = {  # the least that a cell can take, computed from the shapes: bf16, int8, nf4 of "safe" and of "lean"

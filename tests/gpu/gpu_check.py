@@ -1,6 +1,18 @@
 """What only a GPU can show, in parts of a few minutes each, on a machine with nothing but torch, ninja and nvcc.
 
-    python tests/gpu/gpu_check.py kernels|train [--out FOLDER] [--peer FILE.py] [--device cuda]
+    python tests/gpu/gpu_check.py kernels|train|memory [--out FOLDER] [--peer FILE.py] [--only WORDS] [--device cuda]
+
+What must be there: torch >= 2.11 for CUDA, einops, safetensors, ninja, a C++ compiler, and nvcc of torch's major CUDA
+version (without it op "cuda" is left out). More is measured with triton, fla (op "fla") and
+bitsandbytes (int8 and nf4 in `memory`). Nothing is downloaded, and nothing of the notebooks is imported.
+
+A first session of half an hour, the most important first: 8, 8, 5 minutes and the rest (triton, chunked). Each line can
+be cut and repeated, and ends with a table:
+
+    python tests/gpu/gpu_check.py kernels --only "ops|cuda|PEFT" --peer tests/gpu/peer_rwkv_peft.py
+    python tests/gpu/gpu_check.py memory
+    python tests/gpu/gpu_check.py train
+    python tests/gpu/gpu_check.py kernels
 
 A part is a module part_NAME.py beside this file with
 
@@ -17,6 +29,7 @@ import argparse
 import importlib
 import json
 import platform
+import re
 import sys
 import time
 import traceback
@@ -47,7 +60,7 @@ def run(part, path: Path, options) -> dict:
     here = machine(options.device)
     results = earlier(path, here)
     for name, work in part.cases(options):
-        if name in results:
+        if name in results or not re.search(options.only, name):
             continue
         start = time.monotonic()
         try:
@@ -67,9 +80,13 @@ def main() -> int:
     parser.add_argument("part", choices=sorted(p.stem.removeprefix("part_") for p in HERE.glob("part_*.py")))
     parser.add_argument("--out", type=Path, default=HERE.parent / "benchmarks" / "results" / "gpu")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: to try this script, small")
+    parser.add_argument("--only", default="", help="the cases whose name fits this regular expression")
     parser.add_argument("--peer", type=Path, help="a Python file with KERNELS = {name: (version, function)}; a "
                         "function takes what wkv7 and its like take, but the state, and returns y")
     options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print(f"torch {torch.__version__} sees no GPU: nothing was measured", file=sys.stderr)
+        return 2
     options.out.mkdir(parents=True, exist_ok=True)
     part = importlib.import_module(f"part_{options.part}")
     results = run(part, options.out / f"{options.part}.jsonl", options)

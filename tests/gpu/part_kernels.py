@@ -21,27 +21,29 @@ BARS = {"cuda": 2e-3, "triton": 2e-3, "chunked": 4e-3, "fla": 4e-3, "cpu": 4e-3}
 
 
 def cases(options):
-    ops = ("cuda", "triton", "fla", "chunked") if options.device == "cuda" else ("cpu",)
-    lengths = LENGTHS if options.device == "cuda" else (1, 17)
+    """First what a run that is cut should have shown: our own kernels, and the peers' times beside theirs."""
+    gpu = options.device == "cuda"
+    ops = ("cuda", "triton", "chunked", "fla") if gpu else ("cpu",)
     yield "ops", lambda: {op: _why_not(op, options.device) for op in ops}
-    for version, op, dtype in itertools.product(WKV, ops, DTYPES):
-        if not _why_not(op, options.device) and not (op == "fla" and version == 7 and dtype == torch.float32):
-            yield (f"right: WKV-{version} {op} {str(dtype)[6:]}",
-                   functools.partial(_right, version, op, dtype, options.device, lengths))
-    if options.device == "cuda":
-        for version, op in itertools.product(WKV, ("cuda", "triton")):
-            if not _why_not(op, options.device):
-                work = functools.partial(_right, version, op, torch.float32, "cuda", (4096,))
-                yield f"long: WKV-{version} {op}", work
-        if not _why_not("cuda", "cuda"):
-            for version in WKV:
-                yield f"graph: WKV-{version} cuda", functools.partial(_graph, version)
-                yield f"compile: WKV-{version} cuda", functools.partial(_compiled, version)
+    for op in (op for op in ops if not _why_not(op, options.device)):
+        for version, dtype in itertools.product(WKV, DTYPES):
+            if not (op == "fla" and version == 7 and dtype == torch.float32):
+                work = functools.partial(_right, version, op, dtype, options.device, LENGTHS if gpu else (1, 17))
+                yield f"right: WKV-{version} {op} {str(dtype)[6:]}", work
+        for version in WKV:
+            yield from _times(version, op, options)
+        for version in WKV if op in ("cuda", "triton") else ():
+            yield f"long: WKV-{version} {op}", functools.partial(_right, version, op, torch.float32, "cuda", (4096,))
+            yield f"graph: WKV-{version} {op}", functools.partial(_graph, version, op)
+            yield f"compile: WKV-{version} {op}", functools.partial(_compiled, version, op)
+
+
+def _times(version, op, options):
+    peers = _peers(version, options.peer) if op in ("cuda", "cpu") else {}
+    ways = {op: functools.partial(WKV[version], op=op)} | peers
     shapes = SHAPES if options.device == "cuda" else {"B1 T64 H2": (1, 64, 2)}
-    for (shape, size), version in itertools.product(shapes.items(), WKV):
-        for name, way in _ways(version, ops, options):
-            if name == "chunked" and size[0] > 1:
-                continue  # its float64 sums would not fit
+    for (shape, size), (name, way) in itertools.product(shapes.items(), ways.items()):
+        if name != "chunked" or size[0] == 1:  # its float64 sums would not fit
             yield f"time: WKV-{version} {name} {shape}", functools.partial(_time, version, way, size, options.device)
 
 
@@ -95,9 +97,9 @@ def _both(way, leaves, dy):
     return y, *torch.autograd.grad(y, leaves, dy)
 
 
-def _graph(version) -> dict:
+def _graph(version, op) -> dict:
     """Forward and backward captured into a CUDA graph, which replays on other numbers."""
-    way = functools.partial(WKV[version], op="cuda")
+    way = functools.partial(WKV[version], op=op)
     leaves, fresh = _leaves(version, 1, 100, 4, "cuda"), _leaves(version, 1, 100, 4, "cuda")
     dy = torch.randn(1, 100, 4, 64, device="cuda", dtype=torch.bfloat16)
     side = torch.cuda.Stream()
@@ -115,24 +117,22 @@ def _graph(version) -> dict:
     return {"ok": all(torch.equal(x, y) for x, y in zip(out, _both(way, fresh, dy), strict=True))}
 
 
-def _compiled(version) -> dict:
+def _compiled(version, op) -> dict:
     leaves = _leaves(version, 1, 100, 4, "cuda")
     dy = torch.randn(1, 100, 4, 64, device="cuda", dtype=torch.bfloat16)
-    way = functools.partial(WKV[version], op="cuda")
+    way = functools.partial(WKV[version], op=op)
     whole = torch.compile(lambda *x: way(*x)[0], fullgraph=True)
     expected = _both(way, leaves, dy)
     return {"ok": all(torch.allclose(x, y, atol=1e-2) for x, y in zip(_both(whole, leaves, dy), expected, strict=True))}
 
 
-def _ways(version, ops, options):
-    for op in ops:
-        if not _why_not(op, options.device):
-            yield op, functools.partial(WKV[version], op=op)
-    if options.peer:
-        spec = importlib.util.spec_from_file_location("peer", options.peer)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        yield from ((name, way) for name, (its_version, way) in module.KERNELS.items() if its_version == version)
+def _peers(version, file) -> dict:
+    if not file:
+        return {}
+    spec = importlib.util.spec_from_file_location("peer", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return {name: way for name, (its_version, way) in module.KERNELS.items() if its_version == version}
 
 
 def _time(version, way, size, device) -> dict:

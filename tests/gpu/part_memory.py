@@ -17,11 +17,10 @@ import torch
 from rwkv_nb.config import PRESETS, replace
 from rwkv_nb.lora.layers import adapter_parameters, attach, set_dropout_step
 from rwkv_nb.loss import head_loss
-from rwkv_nb.memory import CONTEXT, LiveBytes, estimate
+from rwkv_nb.memory import CONTEXT, QUANTS, TUTORIAL, TUTORIAL_SETTINGS, LiveBytes, estimate
 from rwkv_nb.model import PUBLISHED, PUBLISHED_OLDER, Shape
 from rwkv_nb.model.checkpoint import assemble
 from rwkv_nb.train.optimizer import make_optimizer
-from rwkv_nb.widgets.memory import QUANTS, TUTORIAL, TUTORIAL_SETTINGS
 from rwkv_nb.wkv import pick_op
 
 TINY = Shape(4, 128, 512, 16, 16, 16, 16, 512)
@@ -117,5 +116,5 @@ def _measure(shape: Shape, settings, device: str) -> dict:
 def _random(shape: Shape, device: str):
     """Weights as a checkpoint has them, one at a time, made where they will be."""
     for key, size in shape.key_shapes().items():
-        on = "cpu" if key == "emb.weight" else device
-        yield key, torch.empty(size, dtype=torch.bfloat16, device=on).normal_(0, 0.02)
+        weight = torch.empty(size, dtype=torch.bfloat16, device=device).normal_(0, 0.02)  # a CPU would take seconds
+        yield key, weight.cpu() if key == "emb.weight" else weight

@@ -1,0 +1,59 @@
+"""A training step on a device that is not the CPU, without one: torch's "meta" stands in for a GPU.
+
+Fake tensors refuse an operation over two devices; meta tensors refuse what would make a CPU wait for a GPU's numbers.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+
+from rwkv_nb.config import LoraSettings
+from rwkv_nb.data.batches import Batches
+from rwkv_nb.data.sources import Document
+from rwkv_nb.lora.layers import adapter_parameters, attach
+from rwkv_nb.loss import head_loss
+from rwkv_nb.model import PUBLISHED, PUBLISHED_OLDER, RWKV
+
+SHAPES = {"v7": PUBLISHED["0.1B"], "v6": PUBLISHED_OLDER["v6 1.6B"], "v5": PUBLISHED_OLDER["v5 0.4B"]}
+
+
+@pytest.fixture(autouse=True)
+def no_autocast(monkeypatch):
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # torch knows none for meta, and raises
+
+
+def small(version):
+    model = RWKV(dataclasses.replace(SHAPES[version], n_layer=2), device="meta", dtype=torch.bfloat16)
+    attach(model, LoraSettings(r=4), seed=0)
+    return model.train()
+
+
+@pytest.mark.parametrize("op", ["torch", "chunked"])
+@pytest.mark.parametrize("version", SHAPES)
+def test_everything_a_step_makes_is_on_the_models_device(version, op):
+    with FakeTensorMode():
+        model = small(version)
+        tokens = torch.zeros(2, 17, dtype=torch.long, device="meta")
+        for state, grad_cp in ((None, "none"), (model.zero_state(2), "block"), (None, "selective")):
+            hidden, after = model.hidden(tokens, state, op=op, grad_cp=grad_cp)
+            assert {x.device.type for x in (hidden, *after)} == {"meta"}
+            sum(x.float().sum() for x in (hidden, *after)).backward()
+        assert {p.grad.device.type for p in adapter_parameters(model)} == {"meta"}
+
+
+@pytest.mark.parametrize("dataload", ["split", "pad"])
+def test_a_step_waits_for_no_number_of_the_device(dataload):
+    documents = [Document(torch.arange(1, n).numpy().astype("uint16"), torch.ones(n - 1).bool().numpy())
+                 for n in (9, 20, 14)]
+    batches = Batches(documents, ctx_len=16, micro_bsz=2, accumulate=2, seed=0, device="meta", dataload=dataload)
+    model, step = small("v7"), batches.next_step()
+    n_trained = sum(int(batch.mask.sum()) for batch in step)
+    for batch in step:
+        hidden, _ = model.hidden(batch.inputs, op="chunked", keep_state=False)
+        loss, ce = head_loss(hidden, model.head, batch.targets, batch.mask, n_trained)
+        loss.backward()
+    grads = [p.grad for p in adapter_parameters(model)]
+    torch.nn.utils.clip_grad_norm_(list(adapter_parameters(model)), 1.0)
+    assert ce.device.type == "meta" and all(grad.device.type == "meta" for grad in grads)
