@@ -55,6 +55,7 @@ struct Call : Wkv {
   // Whole, and where four numbers can be read at once. Null for a tensor that is not there.
   const void* read(const OptTensor& x, at::ScalarType as) {
     if (!x) return nullptr;
+    TORCH_CHECK(x->device() == on.device(), "WKV: a tensor is on ", x->device(), ", r is on ", on.device());
     const Tensor y = x->to(as).contiguous();
     held.push_back(reinterpret_cast<uintptr_t>(y.const_data_ptr()) % 16 ? y.clone() : y);
     return held.back().const_data_ptr();
