@@ -11,7 +11,7 @@ from rwkv_nb.train.session import Sample, TrainSession
 from rwkv_nb.widgets import panel_html
 from rwkv_nb.widgets.panel import TrainPanel
 
-SECONDS = 60
+SECONDS = 300    # for any one thing to happen, on a machine whose disk and cores are busy
 
 
 def until(condition):
