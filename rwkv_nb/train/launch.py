@@ -27,7 +27,7 @@ import torch.distributed as dist
 from .. import config
 from ..config import LiveSettings, Settings
 from ..errors import RunError, RwkvNbError, SettingsError, TrainingError
-from ..runs import Run, write_text
+from ..runs import Run, free_bytes, write_text
 from .loop import pick_device
 from .ranks import JoinedRanks
 from .session import TrainSession
@@ -159,6 +159,8 @@ class LaunchedSession(Waiting):
     def _last_words(self) -> str:
         log = self._log.read_text(encoding="utf-8", errors="replace") if self._log.exists() else ""
         ours = re.search(r"^error in process \d+: (.*(?:\n→.*)?)", log, re.MULTILINE)
+        if not ours and free_bytes(self.run.folder) < 2**20:
+            return "the disk is full, and what the processes said of it was lost"
         return ours[1] if ours else f"a process ended; {self._log.name} ends in\n" + "\n".join(log.splitlines()[-12:])
 
     def result(self) -> Snapshot:

@@ -158,11 +158,10 @@ class TrainSession(Shrinking, Waiting):
             with contextlib.nullcontext() if self.ranks.rank else self.run.lock():
                 self._prepare()
                 status = self._train()
+            self.trainer.logs.close()
         except BaseException as error:  # whatever it is, the panel shows it and wait() raises it
             self._error = error
             status = "failed"
-        if self.trainer:
-            self.trainer.logs.close()
         self._status = status
 
     def _prepare(self) -> None:
@@ -192,9 +191,8 @@ class TrainSession(Shrinking, Waiting):
 
     def _restore_live(self, saved: Checkpoint) -> None:
         """Live settings as they were, and on top of them what was changed in settings.json since."""
-        began = config.from_dict(LiveSettings, saved.settings["train"]["live"])
-        asked = {f.name: getattr(self._live, f.name) for f in dataclasses.fields(LiveSettings)
-                 if getattr(self._live, f.name) != getattr(began, f.name)}
+        began = config.values(config.from_dict(LiveSettings, saved.settings["train"]["live"]))
+        asked = {name: value for name, value in config.values(self._live).items() if value != began[name]}
         with self._lock:
             self._live = saved.live_settings()
         self.change(**asked)

@@ -52,6 +52,8 @@ def test_epoch_count_and_epoch_save_and_merge(tmp_path, settings):
     assert {p.name for p in tmp_path.glob("rwkv-*.pth")} == {"rwkv-3.pth", "rwkv-4.pth"}
     assert {p.name for p in Run(tmp_path).adapters()} == {"adapter-3.safetensors", "adapter-4.safetensors"}
     assert len(steps(Run(tmp_path).metrics())) == 4 * 2
+    train(tmp_path, replace(settings, epoch_count=1, epoch_steps=1, merge=0))
+    assert len(Run(tmp_path).adapters()) == 1 and not list(tmp_path.glob("rwkv-*.pth"))
 
 
 def test_ctx_len_and_micro_bsz_shape_the_batch(tmp_path, settings):
@@ -141,7 +143,7 @@ def test_the_schedule_may_end_before_the_run():
 def test_the_step_is_adamw_with_the_table_s_numbers(tmp_path, settings):
     """Each of lr, beta1, beta2, adam_eps, weight_decay against AdamW's own formula, on a second step."""
     numbers = {"lr_init": 0.01, "lr_final": 0.01, "beta1": 0.7, "beta2": 0.8, "adam_eps": 1e-3, "weight_decay": 0.2}
-    made = trainer(tmp_path, settings, warmup_steps=0, **numbers, grad_clip=0.0, lora_dropout=0.0)
+    made = trainer(tmp_path, settings, warmup_steps=4, **numbers, grad_clip=0.0, lora_dropout=0.0)
     parameter, gradients = made.parameters[0], []
     made.parameters[1].data.normal_()                # B: else A has no gradient at first
     expected, m, v = parameter.detach().clone(), 0, 0
@@ -150,8 +152,8 @@ def test_the_step_is_adamw_with_the_table_s_numbers(tmp_path, settings):
         made.train_step(made.settings.train.live)
         g = gradients[-1]
         m, v = 0.7 * m + 0.3 * g, 0.8 * v + 0.2 * g * g
-        expected *= 1 - 0.01 * 0.2
-        expected -= 0.01 * (m / (1 - 0.7**t)) / ((v / (1 - 0.8**t)).sqrt() + 1e-3)
+        expected *= 1 - 0.01 * t / 4 * 0.2               # t of four steps into the warm-up
+        expected -= 0.01 * t / 4 * (m / (1 - 0.7**t)) / ((v / (1 - 0.8**t)).sqrt() + 1e-3)
         torch.testing.assert_close(parameter.detach(), expected, rtol=1e-5, atol=1e-6)
 
 
