@@ -63,3 +63,9 @@ def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:
     """A fix for a mistyped word: the nearest known one, or `otherwise` where none is near."""
     near = difflib.get_close_matches(str(word), list(map(str, known)), 1, 0.5)
     return f"did you mean {near[0]}?" if near else otherwise
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out; torch's are RuntimeErrors, of a GPU and of a CPU."""
+    words = ("out of memory", "allocate memory", "not enough memory", "bad_alloc")
+    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(w in str(error) for w in words)

@@ -16,6 +16,7 @@ from .data.jsonl import good, scan_jsonl
 from .data.sources import Document
 from .errors import DataError
 from .generate import PREFILL, eval_mode, generate
+from .loss import CHUNK
 from .model import RWKV
 
 MARKER = "Assistant:"
@@ -66,12 +67,13 @@ def exact_match(model: RWKV, tokenizer, examples: Sequence[str], *, max_tokens: 
     return Score(len(rows), right, right / len(rows), rows)
 
 
-def text_loss(model: RWKV, documents: Iterable, *, op: str = "auto", batch: int = 32) -> float:
+def text_loss(model: RWKV, documents: Iterable, **how) -> float:
     """Mean cross-entropy, nats per trained token, over documents (tokens [T], mask [T] each; data.sources).
 
     A token is predicted from all that stands before it in its document; the first is not predicted.
+    how: as of document_losses
     """
-    losses = document_losses(model, documents, op=op, batch=batch)
+    losses = document_losses(model, documents, **how)
     count = sum(n for _, n in losses)
     if not count:
         raise DataError("no token of these documents is trained", fix="check data_type and the template's markers")
@@ -79,24 +81,28 @@ def text_loss(model: RWKV, documents: Iterable, *, op: str = "auto", batch: int 
 
 
 @torch.inference_mode()
-def document_losses(model: RWKV, documents: Iterable, *, op: str = "auto", batch: int = 32) -> list[tuple[float, int]]:
+def document_losses(model: RWKV, documents: Iterable, *, op: str = "auto", at_once: int = 32 * PREFILL
+                    ) -> list[tuple[float, int]]:
     """Each document's summed cross-entropy (nats) and its number of trained tokens, in the documents' order.
 
-    Long documents are read in pieces, the state carried over, so memory stays constant.
+    at_once: tokens worked on together. Long documents are read in pieces, the state carried over, and logits are made
+    for a few rows at a time, so memory stays constant.
     """
     documents = list(documents)
-    order = sorted(range(len(documents)), key=lambda i: len(documents[i].tokens))
+    order = sorted(range(len(documents)), key=lambda i: -len(documents[i].tokens))
     out: list[tuple[float, int]] = [(0.0, 0)] * len(documents)
     with eval_mode(model):
-        for start in range(0, len(order), batch):
-            some = order[start:start + batch]
-            inputs, targets = _padded([documents[i] for i in some], model.emb.weight.device)
+        while order:
+            n = max(1, at_once // max(1, min(len(documents[order[0]].tokens), PREFILL)))
+            some, order = order[:n], order[n:]
+            inputs, targets = _padded([documents[i] for i in some], model.ln_out.weight.device)
             state, totals = None, torch.zeros(len(some), dtype=torch.float64)
             for x, y in zip(inputs.split(PREFILL, 1), targets.split(PREFILL, 1), strict=True):
                 hidden, state = model.hidden(x, state, op=op)
                 trained = y >= 0
-                losses = F.cross_entropy(model.head(hidden[trained]).float(), y[trained], reduction="none")
-                totals.index_add_(0, trained.nonzero()[:, 0].cpu(), losses.double().cpu())
+                losses = [F.cross_entropy(model.head(h).float(), t, reduction="none")
+                          for h, t in zip(hidden[trained].split(CHUNK), y[trained].split(CHUNK), strict=True)]
+                totals.index_add_(0, trained.nonzero()[:, 0].cpu(), torch.cat(losses).double().cpu())
             for i, total, n in zip(some, totals.tolist(), (targets >= 0).sum(1).tolist(), strict=True):
                 out[i] = (total, n)
     return out

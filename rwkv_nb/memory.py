@@ -265,13 +265,14 @@ def warning(shape: Shape, settings: Settings, name: str, limit: int, *, gpu: boo
             f"{words}")
 
 
-def next_smaller(shape: Shape, settings: Settings, *, gpu: bool) -> dict | None:
-    """What to try after a run was out of memory: the first of `smaller` that saves 3 % or more and lets the optimizer
-    keep its state."""
-    now = estimate(shape, settings, gpu=gpu).allocated
-    fitting = (c for c in smaller(settings, gpu=gpu) if "adam_state" not in c
-               and estimate(shape, config.replace(settings, **c), gpu=gpu).allocated <= 0.97 * now)
-    return next(fitting, None)
+def next_smaller(shape: Shape, settings: Settings, part: str | None = None, *, gpu: bool) -> dict | None:
+    """What to try after a run was out of memory: the first of `smaller` that saves 3 % or more, of all or of one part,
+    and lets the optimizer keep its state."""
+    def size(change: dict) -> int:
+        told = estimate(shape, config.replace(settings, **change), gpu=gpu)
+        return told.largest[part] if part else told.allocated
+
+    return next((c for c in smaller(settings, gpu=gpu) if "adam_state" not in c and size(c) <= 0.97 * size({})), None)
 
 
 def largest_micro_bsz(shape: Shape, settings: Settings, limit: int, *, gpu: bool) -> int:

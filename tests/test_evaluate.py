@@ -55,12 +55,13 @@ def loss_by_hand(model, docs) -> float:
     return float(np.mean(losses))
 
 
-@pytest.mark.parametrize("batch", [1, 4, 32])
-def test_text_loss_is_the_mean_over_trained_tokens(model, batch, monkeypatch):
+@pytest.mark.parametrize("at_once", [1, 100, 10_000])
+def test_text_loss_is_the_mean_over_trained_tokens(model, at_once, monkeypatch):
     docs = documents(9)
-    assert text_loss(model, docs, batch=batch) == pytest.approx(loss_by_hand(model, docs), abs=1e-5)
+    assert text_loss(model, docs, at_once=at_once) == pytest.approx(loss_by_hand(model, docs), abs=1e-5)
     monkeypatch.setattr(evaluate, "PREFILL", 8)
-    assert text_loss(model, docs, batch=batch) == pytest.approx(loss_by_hand(model, docs), abs=1e-5)
+    monkeypatch.setattr(evaluate, "CHUNK", 3)
+    assert text_loss(model, docs, at_once=at_once) == pytest.approx(loss_by_hand(model, docs), abs=1e-5)
 
 
 def test_text_that_trains_nothing_is_an_error(model):

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, out_of_memory
 from ..quant import Held, QuantLinear
 from ..runs import atomic_path
 from .ai00 import from_ai00, read_safetensors
@@ -52,6 +52,8 @@ def _read_pth(path: Path):
         raise CheckpointError("this is not a file of weights alone, and nothing in it was run", where=path,
                               fix="use the model's published .pth; do not trust this file") from error
     except Exception as error:  # there is no end of what torch raises for a damaged file: struct.error, TypeError, …
+        if out_of_memory(error):
+            raise
         raise CheckpointError("the file is damaged or cut off", where=path,
                               fix="download or copy it again") from error
 

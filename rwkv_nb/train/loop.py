@@ -145,7 +145,9 @@ class Trainer:
 
     def heldout_loss(self) -> float:
         """Mean cross-entropy over the held-out documents, nats per trained token; all processes call this."""
-        return self.ranks.tell(self.optimizer.compute(lambda: text_loss(self.model, self.heldout, op=self.op)))
+        at_once = self.settings.train.micro_bsz * self.settings.data.ctx_len  # as in a step, which needs more memory
+        return self.ranks.tell(self.optimizer.compute(lambda: text_loss(self.model, self.heldout, op=self.op,
+                                                                        at_once=at_once)))
 
     def answers(self, prompts: Sequence[str], max_tokens: int, *, base: bool) -> list[str]:
         """What the adapter writes, or the base without it; all processes call this."""

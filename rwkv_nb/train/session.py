@@ -166,8 +166,8 @@ class TrainSession(Shrinking, Waiting):
 
     def _prepare(self) -> None:
         first = not self.ranks.rank
-        self._tell(*self._memory_notices())
-        self.trainer = Trainer(self.run, self.settings, self.ranks)
+        self._warn_of_memory()
+        self.trainer = self._built()
         saved = self.ranks.tell(self._choose_start() if first else None)
         self._tell(*notices(self.trainer))
         if saved:
@@ -251,7 +251,10 @@ class TrainSession(Shrinking, Waiting):
         trainer = self.trainer
         if not trainer.heldout:
             return
-        now, before = trainer.heldout_loss(), [row["heldout_loss"] for row in self._rows if row.get("event") == "eval"]
+        now = self._if_memory_lasts(trainer.heldout_loss)
+        if now is None:
+            return self._tell("WARNING: memory ran out: the held-out loss is left out")
+        before = [row["heldout_loss"] for row in self._rows if row.get("event") == "eval"]
         best, told, stop = judge(before, now, trainer.step, self.settings.train.early_stop)
         self._row({"step": trainer.step, "event": "eval", "heldout_loss": now})
         self._tell(*told)
@@ -305,7 +308,10 @@ class TrainSession(Shrinking, Waiting):
         trainer = self.trainer
         if not self.prompts or (self._samples and self._samples[-1].step == trainer.step):
             return                        # the best adapter and an epoch's are one: it has just answered
-        answers = trainer.answers(self.prompts, self._max_tokens, base=base)
+        answers = self._if_memory_lasts(lambda: trainer.answers(self.prompts, self._max_tokens, base=base))
+        if answers is None:
+            self._tell("WARNING: memory ran out: the prompts' answers are left out")
+            answers = [""] * len(self.prompts)
         if base:
             self._base_answers = answers
             return

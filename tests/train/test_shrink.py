@@ -5,10 +5,12 @@ import subprocess
 import sys
 
 import pytest
+from training import steps, train, until
 
 from rwkv_nb.config import replace, to_json
 from rwkv_nb.model import RWKV, Shape, init_weights, save_weights
 from rwkv_nb.runs import Run
+from rwkv_nb.train.session import TrainSession
 
 SCRIPT = """
 import json, resource, sys, time
@@ -42,6 +44,8 @@ while not session.snapshot().done:
     time.sleep(0.05)
     if session.paused and session.snapshot().status == "paused" and resumed < 20:
         resumed += 1
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        resource.setrlimit(resource.RLIMIT_AS, (limit + 2**27, -1))   # what tensors leave is not free for a mapped file
         session.resume()
 end = session.result()
 print(json.dumps([resumed, end.notices, session.settings.train.grad_cp, session.settings.train.micro_bsz]))
@@ -77,3 +81,53 @@ def test_a_run_out_of_memory_goes_on_from_its_last_step(tmp_path, roomy):
     losses, expected = ([row["loss"] for row in some if "loss" in row] for some in (rows, whole))
     assert losses == pytest.approx(expected, rel=1e-4)
     assert Run(tmp_path / "cut").settings().train.grad_cp == ends[0]
+
+
+LOAD = """
+import json, os, resource, sys, time
+from rwkv_nb.config import Settings, from_dict
+from rwkv_nb.memory import next_smaller
+from rwkv_nb.model import load_weights, read_shape
+from rwkv_nb.runs import Run
+from rwkv_nb.train.session import TrainSession
+settings = from_dict(Settings, json.load(open(sys.argv[2])))
+base = settings.train.load_model
+next_smaller(read_shape(load_weights(base)), settings, "weights", gpu=False)   # all that it imports is there
+session = TrainSession(Run(sys.argv[1]), settings, max_tokens=2)
+built, limits = session._built, resource.getrlimit(resource.RLIMIT_AS)
+def build():   # with room for the mapped file
+    size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + int(1.1 * os.path.getsize(base)), limits[1]))
+    return built()
+session._built = build
+session.start()
+while not session.paused and not session.snapshot().done:
+    time.sleep(0.05)
+resource.setrlimit(resource.RLIMIT_AS, limits)
+told = session.snapshot().notices
+session.resume()
+print(json.dumps([session.join().step, told, Run(sys.argv[1]).settings().train.quant]))
+"""
+
+
+def test_a_base_for_which_there_is_no_memory_is_held_in_less(tmp_path, settings):
+    path = tmp_path / "base.pth"
+    save_weights(path, init_weights(RWKV(Shape(8, 768, 257, 32, 32, 32, 32, 3072)), seed=0).state_dict())
+    (tmp_path / "settings").write_text(to_json(replace(settings, load_model=str(path), precision="bf16", epoch_count=1,
+                                                       epoch_steps=1)))
+    done = subprocess.run([sys.executable, "-c", LOAD, str(tmp_path / "run"), str(tmp_path / "settings")],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    step, told, quant = json.loads(done.stdout)
+    assert len(told) == 1 and "ran out while the base was loaded" in told[0] and "go on with quant int8" in told[0]
+    assert (step, quant) == (1, "int8")
+
+
+def test_a_stopped_run_goes_on_with_settings_that_need_less(tmp_path, settings):
+    whole, session = train(tmp_path / "whole", settings), TrainSession(Run(tmp_path / "cut"), settings).start()
+    until(lambda: session.snapshot().step >= 5)
+    session.stop()
+    session.join()
+    end = train(tmp_path / "cut", replace(settings, grad_cp="block", emb_cpu=1), start="resume")
+    losses, expected = ([row["loss"] for row in steps(some.rows)] for some in (end, whole))
+    assert losses == pytest.approx(expected, rel=1e-4)
