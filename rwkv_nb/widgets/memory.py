@@ -47,7 +47,7 @@ def memory_figure(sizes: Mapping[str, Shape], preset: str, quant: str) -> Figure
     marks = [(TUTORIAL[name][QUANTS.index(quant)], name) for name in sizes if name in TUTORIAL]
     if marks:
         axes.plot(*zip(*marks, strict=True), "|", ms=15, mew=2.5, color=INK, label="tutorial")
-    axes.set_xlabel(f"GB, preset {preset}, quant {quant}", color=INK, fontsize=9)
+    axes.set_xlabel(f"GB predicted, preset {preset}, quant {quant}", color=INK, fontsize=9)
     figure.legend(loc="upper center", ncols=9, frameon=False, fontsize=8, handlelength=1, columnspacing=1)
     return figure
 
