@@ -196,10 +196,13 @@ def scan_table(path: Path, data: DataSettings) -> Found:
         path = next((path / (name + suffix) for suffix in TABLES if (path / (name + suffix)).is_file()), path)
     if path.suffix.lower() == ".jsonl" and path.is_file():
         found = list(scan_jsonl(path, write))
+    elif isinstance(rows := _rows(path, data.sft_split), Problem):
+        yield rows
+        return
     else:
-        found = [row if isinstance(row, Problem) else _written(number, row, write)
-                 for number, row in enumerate(_rows(path, data.sft_split), 1)]
-    if path.is_file():  # else the package has taken the split's slice already
+        found = [_written(number, row, write) for number, row in enumerate(rows, 1)]
+    # A data set by its name is sliced already; a problem of the whole file (line 0) stays whatever the slice.
+    if path.is_file() and found and found[0][0]:
         found = found[slice(*(len(found) * int(part[:-1]) // 100 if part[-1:] == "%" else int(part) if part else None
                               for part in bounds))]
     yield from found or [Problem(0, f"no row is left of {data.sft_split}")]
@@ -220,25 +223,24 @@ def _written(number: int, row, write) -> tuple[int, str] | Problem:
         return Problem(number, error.what, around(repr(row).encode(), 0))
 
 
-def _rows(path: Path, split: str) -> Iterable:
-    """The rows, or one Problem."""
+def _rows(path: Path, split: str) -> Iterable | Problem:
     kind = path.suffix.lower()
     try:
         if kind in (".csv", ".json"):
             text = _text(path)
             if isinstance(text, Problem):
-                return [text]
+                return text
             if kind == ".csv":
                 return list(csv.DictReader(io.StringIO(text, newline="")))
             rows = json.loads(text)
             rows = rows.get("data") if isinstance(rows, dict) else rows
-            return rows if isinstance(rows, list) else [Problem(0, "it is no list of rows")]
+            return rows if isinstance(rows, list) else Problem(0, "it is no list of rows")
         if kind == ".parquet":
             return extra("pyarrow.parquet", "datasets").read_table(path).to_pylist()
         return extra("datasets", "datasets").load_dataset(str(path), split=split)
     except json.JSONDecodeError as error:
-        return [Problem(error.lineno, f"this is not JSON: {error.msg}, column {error.colno}; where each line is a row, "
-                        "rename it to .jsonl")]
+        return Problem(error.lineno, f"this is not JSON: {error.msg}, column {error.colno}; where each line is a row, "
+                       "rename it to .jsonl")
     except (OSError, ValueError, csv.Error, RecursionError) as error:
         raise DataError(f"it cannot be read as {kind or 'a data set'}: {error}", where=path,
                         fix="check the file, and sft_split; a data set by name needs a connection") from error

@@ -70,6 +70,14 @@ def test_the_report(tmp_path, name):
         assert len(open_documents(data, BYTE)) == count
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "j.csv", "k.json", "l.json"])
+def test_a_split_hides_no_problem_of_the_file(tmp_path, name):
+    held, lines, _ = REPORTS[name]
+    (tmp_path / name).write_bytes(held if isinstance(held, bytes) else held.encode())
+    report = check_data(DataSettings(str(tmp_path / name), "sft", sft_split="train[5:]"), BYTE)
+    assert str(report).split("\n")[1:] == lines
+
+
 def test_what_is_no_file_is_said(tmp_path):
     (tmp_path / "文件 夹").mkdir()
     os.symlink(tmp_path / "gone", tmp_path / "link.jsonl")
