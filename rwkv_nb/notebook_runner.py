@@ -34,6 +34,7 @@ PRODUCTS = {
     "merged.pth": "the merged model",
     "loss.png": "the loss curve",
     "score.json": "held-out score before and after",
+    "score.txt": "the same as a table",
     "score.png": "the same as a picture",
     "notebooks/*.ipynb": "the notebooks as they ran",
 }

@@ -41,7 +41,8 @@ from .infctx import backward_by_chunks
 from .log import Logs
 from .ranks import Ranks
 from .schedule import learning_rate
-from .update import Update, make_update
+from .update import Update
+from .zero import DeepSpeedUpdate
 
 SPIKE_WINDOW, MOST_SKIPS = 50, 10
 _NOT_A_NUMBER = ("the last checkpoint is good: resume with a lower lr_init or a smaller grad_clip; "
@@ -118,8 +119,10 @@ class Trainer:
 
     @cached_property
     def optimizer(self) -> Update:
-        """Made when the adapter has its first values: DeepSpeed takes a copy."""
-        return make_update(self.model, self.parameters, self.settings.train, self.ranks, self.device)
+        """Made when the adapter has its first values: DeepSpeed takes a copy. One process alone needs none of it."""
+        if self.ranks.size > 1 and self.settings.train.strategy.startswith("deepspeed"):
+            return DeepSpeedUpdate(self.model, self.parameters, self.settings.train, self.ranks, self.device)
+        return Update(self.parameters, self.settings.train, self.ranks)
 
     def _agree(self) -> None:
         """Raise SettingsError where another process of this run has another base or other data."""

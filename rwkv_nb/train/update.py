@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..config import TrainSettings
@@ -75,13 +74,3 @@ class Update:
     def load_state_dict(self, state: dict) -> None:
         """Go on from state_dict()."""
         self.adamw.load_state_dict(state)
-
-
-def make_update(model: nn.Module, parameters: Sequence[nn.Parameter], t: TrainSettings, ranks: Ranks,
-                device: torch.device) -> Update:
-    """The update that t.strategy asks for; one process alone needs none of them."""
-    if ranks.size == 1 or not t.strategy.startswith("deepspeed"):
-        return Update(parameters, t, ranks)
-    from .zero import DeepSpeedUpdate
-
-    return DeepSpeedUpdate(model, parameters, t, ranks, device)
