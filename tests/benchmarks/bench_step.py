@@ -1,5 +1,5 @@
 """One whole LoRA step at the 0.1B shape on the CPU, against the same step in the `rwkvtune` package and against its
-own matrix products alone.
+own matrix products alone; and of RWKV-6 and -5 with as many layers and channels.
 
     python tests/benchmarks/bench_step.py [--peer-python PYTHON] [--threads 4] [--rounds 7] [--out results/step.json]
 
@@ -12,6 +12,7 @@ turn, round after round. A ratio is the median of the rounds' ratios.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import resource
@@ -180,18 +181,29 @@ def race(variants: dict[str, tuple], rounds: int, warm_up: int = 2) -> dict[str,
     return {name: variant.close() for name, variant in running.items()}
 
 
-def make_inputs(folder: Path) -> None:
-    """base.pth (bf16, as released models are) and one document of T + 1 tokens."""
-    from rwkv_nb.data.binidx import write_binidx
-    from rwkv_nb.model import PUBLISHED, RWKV, init_weights, save_weights
+def shapes() -> dict:
+    """{version's number: its shape with 12 layers of 768 channels}."""
+    from rwkv_nb.model import PUBLISHED, PUBLISHED_OLDER
 
-    model = init_weights(RWKV(PUBLISHED["0.1B"]))
+    size = {"n_layer": 12, "n_embd": 768, "ffn_dim": 768 * 7 // 2}
+    return {7: PUBLISHED["0.1B"], 6: dataclasses.replace(PUBLISHED_OLDER["v6 1.6B"], **size),
+            5: dataclasses.replace(PUBLISHED_OLDER["v5 0.4B"], **size)}
+
+
+def make_inputs(folder: Path, shape) -> Path:
+    """base.pth (bf16, as released models are) and one document of T + 1 tokens. Returns the folder, made here."""
+    from rwkv_nb.data.binidx import write_binidx
+    from rwkv_nb.model import RWKV, init_weights, save_weights
+
+    folder.mkdir()
+    model = init_weights(RWKV(shape))
     with torch.no_grad():
         for parameter in model.parameters():
             if not parameter.any():  # zeros would make gradients vanish, and some products with them
                 parameter.normal_(std=0.02)
     save_weights(folder / "base.pth", {key: value.bfloat16() for key, value in model.state_dict().items()})
     write_binidx(folder / "data", [torch.randint(1, 65530, (T + 1,)).tolist()])
+    return folder
 
 
 def summary(rows: dict[str, list[dict]], warm_up: int = 2) -> dict:
@@ -226,17 +238,21 @@ def main() -> None:
 
     machine = describe() | {"threads": chosen.threads}
     with tempfile.TemporaryDirectory() as name:
-        folder, us, peer = Path(name), (sys.executable, chosen.threads), (chosen.peer_python, chosen.threads, "peer")
-        make_inputs(folder)
-        plain = {"rwkv_nb": (*us, "ours", folder), "products": (*us, "products", folder),
-                 "rwkv_nb bf16": (*us, "ours", folder, "bf16"), "products bf16": (*us, "products", folder, "bf16")}
-        lean = {"rwkv_nb cp": (*us, "ours", folder, "fp32", 1), "rwkv_nb bf16 cp": (*us, "ours", folder, "bf16", 1)}
+        us, peer = (sys.executable, chosen.threads, "ours"), (chosen.peer_python, chosen.threads, "peer")
+        folders = {version: make_inputs(Path(name) / str(version), shape) for version, shape in shapes().items()}
+        folder, bare = folders[7], (*us[:2], "products", folders[7])
+        plain = {"rwkv_nb": (*us, folder), "products": bare, "rwkv_nb bf16": (*us, folder, "bf16"),
+                 "products bf16": (*bare, "bf16")}
+        lean = {"rwkv_nb cp": (*us, folder, "fp32", 1), "rwkv_nb bf16 cp": (*us, folder, "bf16", 1)}
+        older = {f"rwkv_nb RWKV-{version}{name}": (*us, folders[version], *how)
+                 for version in (6, 5) for name, how in {"": (), " bf16": ("bf16",)}.items()}
         if chosen.peer_python:
             plain["rwkvtune"], lean["rwkvtune cp"] = (*peer, folder), (*peer, folder, "fp32", 1)
-        result = summary(race(plain, chosen.rounds) | race(lean, chosen.rounds))
+        result = summary(race(plain, chosen.rounds) | race(lean, chosen.rounds) | race(older, chosen.rounds))
     if not chosen.peer_python:
         result["left out"] = "rwkvtune: no --peer-python, an interpreter that can import it, was given"
-    shape = f"L12 C768 V65536, T={T}, micro-batch 1, r={RANK}; fp32 unless said; cp: with gradient checkpointing"
+    shape = (f"L12 C768 V65536, T={T}, micro-batch 1, r={RANK}; RWKV-7 and fp32 unless said; cp: with gradient "
+             "checkpointing")
     result = {"what": " ".join(__doc__.split("\n\n")[0].split()), "shape": shape, "machine": machine,
               "rounds": chosen.rounds} | result
     chosen.out.parent.mkdir(exist_ok=True)
