@@ -90,10 +90,11 @@ def score_figure(judged: Mapping[str, Judgement]) -> Figure:
     titles = ("held-out loss (lower is better)", "held-out answers that are right",
               "loss on general text (lower is better)", "multiple choice, right")
     rows = [row for row in range(4) if all(j[row] is not None for j in judged.values())]
-    figure = Figure(figsize=(3.8 * len(rows), 1.7), facecolor="white")
-    for panel, row in enumerate(rows):
+    high = -(-len(rows) // 2)
+    figure = Figure(figsize=(8.4, 1.7 * high), facecolor="white", layout="constrained")
+    for panel, row in enumerate(rows, 1):
         values, share = [j[row] for j in judged.values()], row % 2 == 1
-        axes = plain(figure.add_axes(((panel + 0.22) / len(rows), 0.16, 0.7 / len(rows), 0.62)), grid="x")
+        axes = plain(figure.add_subplot(high, 2, panel), grid="x")
         bars = axes.barh(list(judged), values, color=[COLOURS[1], COLOURS[0]], height=0.62)
         axes.bar_label(bars, [f"{v:.0%}" if share else f"{v:.3f}" for v in values], padding=4, fontsize=9, color=INK)
         axes.set_xlim(0, 1.25 if share else 1.25 * max(values))
@@ -101,7 +102,7 @@ def score_figure(judged: Mapping[str, Judgement]) -> Figure:
         axes.set_title(titles[row], loc="left", fontsize=10, color=INK)
         axes.tick_params(left=False)
         if share:
-            axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}" if value <= 1 else "")
+            axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0%", "25%", "50%", "75%", "100%"])
     return figure
 
 
