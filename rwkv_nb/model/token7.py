@@ -27,8 +27,10 @@ class TokenSteps:
         picked = pick_op(op, weight.device, weight.dtype, version)
         # One step of the chunked form is the definition with more work around it.
         self.model, self.op, self._given = model, "torch" if picked == "chunked" else op, None
-        self.fused = version == 7 and picked == "cpu" and all(
-            block.get_submodule(name).weight is not None for block in model.blocks for name in LINEARS)
+        quantised = any(block.get_submodule(name).weight is None for block in model.blocks for name in LINEARS)
+        # DeepSpeed's stage 3 gathers a layer's weights when its forward is called: they cannot be read beside it.
+        parted = any(hasattr(p, "ds_id") for p in model.parameters())
+        self.fused = version == 7 and picked == "cpu" and not quantised and not parted
 
     def __call__(self, tokens: list[int], state: State) -> tuple[Tensor, State]:
         """tokens, B of them, and the state before → hidden [B,1,C], state. The state given may be changed in place."""

@@ -71,6 +71,12 @@ def test_elsewhere_the_model_itself_serves(lively, version, op):
     assert away(written(steps, model, tokens)[0], written(definition(model), model, tokens)[0]) < 1e-5
 
 
+def test_weights_that_deepspeed_has_parted_are_left_to_it(lively):
+    model = lively()
+    model.ln_out.weight.ds_id = 0   # so does DeepSpeed mark them
+    assert not TokenSteps(model, "cpu").fused
+
+
 @torch.inference_mode()
 def test_a_quantised_base_is_written_with(lively):
     pytest.importorskip("bitsandbytes")
