@@ -214,7 +214,11 @@ def _convert(arguments) -> int:
     from .data.convert import jsonl_to_binidx
 
     data, tokenizer = _data(arguments)
-    show = (lambda now: print(now, end="  \r", file=sys.stderr, flush=True)) if sys.stderr.isatty() else None
+
+    def show(now) -> None:
+        if sys.stderr.isatty():
+            print(now, end="\n" if now.done == now.total else "  \r", file=sys.stderr, flush=True)
+
     count = jsonl_to_binidx(data.data_file, arguments.prefix, tokenizer, show, data=data)
     print(f"{arguments.prefix}.bin and .idx: {count:,} documents of {tokenizer.name} tokens")
     return 0
