@@ -24,7 +24,7 @@ class Batch(NamedTuple):
     inputs: Tensor   # int64 [B,T]
     targets: Tensor  # int64 [B,T]
     mask: Tensor     # bool [B,T] on the CPU: is this target trained; False on padding
-    starts: Tensor | None = None  # bool [B,T], packed rows only: does a document begin with this input
+    starts: Tensor | None = None  # bool [B,T] on the CPU, packed rows only: does a document begin with this input
 
 
 class Batches:
@@ -168,9 +168,8 @@ class Batches:
                 place = number, slice(at, at := at + len(tokens) - 1)
                 inputs[place], targets[place], mask[place] = tokens[:-1], tokens[1:], trained[1:]
                 starts[number, place[1].start] = True
-        inputs, targets, starts = (torch.from_numpy(a).to(self.device, non_blocking=True)
-                                   for a in (inputs, targets, starts))
-        return Batch(inputs, targets, torch.from_numpy(mask), starts if packed else None)
+        inputs, targets = (torch.from_numpy(a).to(self.device, non_blocking=True) for a in (inputs, targets))
+        return Batch(inputs, targets, torch.from_numpy(mask), torch.from_numpy(starts) if packed else None)
 
     def state(self) -> dict[str, int]:
         """Where the order stands, and what it is an order of."""

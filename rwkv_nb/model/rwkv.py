@@ -90,12 +90,13 @@ class RWKV(nn.Module):
 
         state None starts a text. grad_cp "block" recomputes each block in backward (Chen et al. 2016, arXiv
         1604.06174), "selective" all of it but compiled WKV operators.
-        starts: bool [B,T], where a row holds several texts: True where one begins, as each row does. None sees another;
-        there is no state before, and none of use afterwards.
+        starts: bool [B,T], best on the CPU, where a row holds several texts: True where one begins, as each row does.
+        None sees another; there is no state before, and none of use afterwards.
         """
         x, v_first, after = self.emb(tokens), None, []
         zeros = x.new_zeros(len(x), self.shape.n_embd)
-        begin = (zeros, None, zeros) if starts is None else (starts, starts, starts)
+        here = None if starts is None else starts.to(x.device, non_blocking=True)
+        begin = (zeros, None, zeros) if starts is None else (here, starts, here)
         befores = zip(*state, strict=True) if state else itertools.repeat(begin, len(self.blocks))
         kept = {"context_fn": _keep_wkv} if grad_cp == "selective" else {}
         for block, before in zip(self.blocks, befores, strict=True):

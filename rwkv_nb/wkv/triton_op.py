@@ -116,6 +116,13 @@ def _jit(kernel):
 
 
 @_jit
+def _change(rate):
+    """exp(-rate) - 1, what a step adds to a state: near 1 a decay's own rounding would add up over the steps."""
+    small = -rate * (1 - rate / 2 * (1 - rate / 3 * (1 - rate / 4 * (1 - rate / 5 * (1 - rate / 6)))))
+    return tl.where(rate < 0.25, small, tl.exp(-rate) - 1)
+
+
+@_jit
 def _forward(r, w, k, v, a, b, state, y, last, saved, T, H, N: tl.constexpr, ROWS: tl.constexpr, SAVE: tl.constexpr,
              DELTA: tl.constexpr, KEEP: tl.constexpr):
     head = tl.program_id(0).to(tl.int64)
@@ -133,15 +140,15 @@ def _forward(r, w, k, v, a, b, state, y, last, saved, T, H, N: tl.constexpr, ROW
         r_t = tl.load(r + at + key).to(tl.float32)
         k_t = tl.load(k + at + key).to(tl.float32)
         v_t = tl.load(v + at + row).to(tl.float32)
-        decay = tl.exp(-tl.exp(tl.load(w + at + key).to(tl.float32)))
+        change = _change(tl.exp(tl.minimum(tl.load(w + at + key).to(tl.float32), 4.7)))  # above, the decay is 0
         if DELTA:
             sa = tl.sum(S * tl.load(a + at + key).to(tl.float32)[None, :], 1)
-            S = S * decay[None, :] + sa[:, None] * tl.load(b + at + key).to(tl.float32)[None, :]
+            S += S * change[None, :] + sa[:, None] * tl.load(b + at + key).to(tl.float32)[None, :]
             S += v_t[:, None] * k_t[None, :]
             y_t = tl.sum(S * r_t[None, :], 1)
         else:
             y_t = tl.sum(S * r_t[None, :], 1) + v_t * tl.sum(r_t * u * k_t, 0)
-            S = S * decay[None, :] + v_t[:, None] * k_t[None, :]
+            S += S * change[None, :] + v_t[:, None] * k_t[None, :]
         tl.store(y + at + row, y_t.to(y.dtype.element_ty))
         at += H * N
     tl.store(last + head * N * N + cell, S)
@@ -168,22 +175,22 @@ def _backward(r, w, k, v, a, b, saved, dy, dlast, dr, dw, dk, dv, da, db, dstate
         for s in range(steps):
             at = start + (chunk * SAVE + s) * stride
             tl.store(scratch + s * N * N + cell, S)
-            decay = tl.exp(-tl.exp(tl.load(w + at + key).to(tl.float32)))
+            change = _change(tl.exp(tl.minimum(tl.load(w + at + key).to(tl.float32), 4.7)))
             k_t = tl.load(k + at + key).to(tl.float32)
             v_t = tl.load(v + at + key).to(tl.float32)
             if DELTA:
                 sa = tl.sum(S * tl.load(a + at + key).to(tl.float32)[None, :], 1)
-                S = S * decay[None, :] + sa[:, None] * tl.load(b + at + key).to(tl.float32)[None, :]
+                S += S * change[None, :] + sa[:, None] * tl.load(b + at + key).to(tl.float32)[None, :]
                 S += v_t[:, None] * k_t[None, :]
             else:
-                S = S * decay[None, :] + v_t[:, None] * k_t[None, :]
+                S += S * change[None, :] + v_t[:, None] * k_t[None, :]
         tl.debug_barrier()
         for j in range(steps):
             s = steps - 1 - j
             at = start + (chunk * SAVE + s) * stride
             S = tl.load(scratch + s * N * N + cell)  # before this step
-            rate = tl.exp(tl.minimum(tl.load(w + at + key).to(tl.float32), 4.7))  # above, the decay is 0
-            decay = tl.exp(-rate)
+            rate = tl.exp(tl.minimum(tl.load(w + at + key).to(tl.float32), 4.7))
+            change = _change(rate)
             r_t = tl.load(r + at + key).to(tl.float32)
             k_t = tl.load(k + at + key).to(tl.float32)
             v_t = tl.load(v + at + key).to(tl.float32)
@@ -192,7 +199,7 @@ def _backward(r, w, k, v, a, b, saved, dy, dlast, dr, dw, dk, dv, da, db, dstate
                 a_t = tl.load(a + at + key).to(tl.float32)
                 b_t = tl.load(b + at + key).to(tl.float32)
                 sa = tl.sum(S * a_t[None, :], 1)
-                after = S * decay[None, :] + sa[:, None] * b_t[None, :] + v_t[:, None] * k_t[None, :]
+                after = S + S * change[None, :] + sa[:, None] * b_t[None, :] + v_t[:, None] * k_t[None, :]
                 G += dy_t[:, None] * r_t[None, :]
                 gb = tl.sum(G * b_t[None, :], 1)
                 dr_t = tl.sum(after * dy_t[:, None], 0)
@@ -206,11 +213,11 @@ def _backward(r, w, k, v, a, b, saved, dy, dlast, dr, dw, dk, dv, da, db, dstate
                 dk_t = tl.sum(G * v_t[:, None], 0) + u * r_t * own
                 dv_t = tl.sum(G * k_t[None, :], 1) + dy_t * tl.sum(r_t * u * k_t, 0)
                 du += r_t * k_t * own
-            dw_t = -tl.sum(G * S, 0) * decay * rate
+            dw_t = -tl.sum(G * S, 0) * tl.exp(-rate) * rate
             if DELTA:
-                G = G * decay[None, :] + gb[:, None] * a_t[None, :]
+                G += G * change[None, :] + gb[:, None] * a_t[None, :]
             else:
-                G = G * decay[None, :] + dy_t[:, None] * r_t[None, :]
+                G += G * change[None, :] + dy_t[:, None] * r_t[None, :]
             tl.store(dr + at + key, dr_t.to(dr.dtype.element_ty))
             tl.store(dw + at + key, dw_t.to(dw.dtype.element_ty))
             tl.store(dk + at + key, dk_t.to(dk.dtype.element_ty))

@@ -43,7 +43,7 @@ def test_everything_a_step_makes_is_on_the_models_device(version, op):
         assert {p.grad.device.type for p in adapter_parameters(model)} == {"meta"}
 
 
-@pytest.mark.parametrize("dataload", ["split", "pad"])
+@pytest.mark.parametrize("dataload", ["split", "pack"])
 def test_a_step_waits_for_no_number_of_the_device(dataload):
     documents = [Document(torch.arange(1, n).numpy().astype("uint16"), torch.ones(n - 1).bool().numpy())
                  for n in (9, 20, 14)]
@@ -51,7 +51,7 @@ def test_a_step_waits_for_no_number_of_the_device(dataload):
     model, step = small("v7"), batches.next_step()
     n_trained = sum(int(batch.mask.sum()) for batch in step)
     for batch in step:
-        hidden, _ = model.hidden(batch.inputs, op="chunked", keep_state=False)
+        hidden, _ = model.hidden(batch.inputs, op="chunked", keep_state=False, starts=batch.starts)
         loss, ce = head_loss(hidden, model.head, batch.targets, batch.mask, n_trained)
         loss.backward()
     grads = [p.grad for p in adapter_parameters(model)]

@@ -23,6 +23,7 @@ CASES = [
     *({"version": v, "T": 5, "B": 2, "H": 2, "N": 16, "odd": True} for v in (7, 6, 5)),
     *({"version": 7, "T": 3, "N": 16, "only": only} for only in ("y", "last")),
     {"version": 7, "T": 4},
+    {"version": 5, "T": 250, "N": 16, "slow": True},
 ]
 
 
