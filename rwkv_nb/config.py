@@ -33,7 +33,7 @@ class DataSettings:
                            "文档模板:chat 只训练助手回答,plain 训练全部文字",
                            choices=("chat", "plain", "g1", "g1_nothink", "instruction"))
     ctx_len: int = option(512, "longest piece of a document seen at once; as long as your documents are",
-                          "上下文长度,按语料长度设置", unit="tokens", low=2)
+                          "上下文长度(token 数),按语料长度设置", unit="tokens", low=2)
     dataload: str = option("split", "split: long documents in pieces; pack: the same, in a row without padding; "
                            "pad: cut at ctx_len; only: one document a micro-batch; get: random slices (pre-training)",
                            "split 切分长文档;pack 紧密拼接不填充;pad 截断并填充;only 每批一篇;get 随机切片",
@@ -203,7 +203,7 @@ class TrainSettings:
                         "run's folder for `wandb sync`",
                         "wandb 项目名;无账号时离线记录在输出文件夹中,可用 wandb sync 上传")
     checkpoint_seconds: float = option(60.0, "a checkpoint to resume from is written this often",
-                                       "保存断点的间隔", unit="seconds", low=0)
+                                       "保存断点的间隔(秒)", unit="seconds", low=0)
 
     def __post_init__(self):
         for f in dataclasses.fields(self):

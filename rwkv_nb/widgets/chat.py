@@ -139,7 +139,8 @@ class ChatPanel(W.VBox):
 
 
 def _slider(low: float, high: float, step: float, value: float, tooltip: str) -> W.FloatSlider:
-    return W.FloatSlider(value, min=low, max=high, step=step, tooltip=tooltip, continuous_update=False)
+    return W.FloatSlider(value, min=low, max=high, step=step, tooltip=tooltip, continuous_update=False,
+                         style={"description_width": "95px"})
 
 
 def _button(name: str, icon: str, do) -> W.Button:

@@ -37,7 +37,7 @@ class SettingsForm(widgets.VBox):
     def _row(self, field: Field, value) -> widgets.HBox:
         made = self.inputs[field.name] = setting_input(field, value, self._language)
         made.observe(self._write, "value")
-        unit = f" [{field.metadata['unit']}]" if field.metadata["unit"] else ""
+        unit = f" [{field.metadata['unit']}]" if field.metadata["unit"] and self._language == "en" else ""
         text = field.metadata[self._language] + unit
         return widgets.HBox([made, widgets.HTML(f'<span style="opacity:.75">{text}</span>')])
 
@@ -59,7 +59,7 @@ def setting_input(field: Field, value, language: str = "en") -> widgets.Widget:
     text = field.metadata
     value = " ".join(value) if isinstance(value, tuple) else value
     shared = {"description": field.name, "tooltip": text[language], "value": value,
-              "style": {"description_width": "170px"}, "layout": {"width": "290px", "flex": "0 0 auto"}}
+              "style": {"description_width": "180px"}, "layout": {"width": "300px", "flex": "0 0 auto"}}
     if text["choices"]:
         return widgets.Dropdown(options=text["choices"], **shared)
     low = -1e12 if text["low"] is None else text["low"]
@@ -68,6 +68,7 @@ def setting_input(field: Field, value, language: str = "en") -> widgets.Widget:
         return widgets.BoundedFloatText(min=low, max=high, step=None, **shared)
     if isinstance(field.default, int):
         return widgets.BoundedIntText(min=int(low), max=int(high), **shared)
+    shared["layout"]["width"] = "450px"    # for paths
     return widgets.Text(continuous_update=False, **shared)
 
 
