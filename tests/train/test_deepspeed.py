@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from rwkv_nb.errors import SettingsError
 from rwkv_nb.lora.adapter import load_adapter
 from rwkv_nb.runs import Run
 from rwkv_nb.train.launch import session_for, torchrun
+from rwkv_nb.train.ranks import Ranks
+from rwkv_nb.train.update import make_update
 
 PROMPT = "User: red\n\nAssistant:"
 
@@ -103,3 +106,13 @@ def test_what_contradicts_a_strategy_is_refused_by_name(two, strategy, changes, 
     with pytest.raises(SettingsError) as caught:
         check_together(replace(two, strategy=strategy, **changes))
     assert caught.value.where == name and "ddp" in caught.value.fix or name == "emb_cpu"
+
+
+def test_deepspeed_that_is_not_there_is_said(two, monkeypatch):
+    class Two(Ranks):
+        size = 2
+
+    monkeypatch.setitem(sys.modules, "deepspeed", None)     # what importing finds where it is not installed
+    parameters, asked = [torch.nn.Parameter(torch.zeros(3))], replace(two, strategy="deepspeed_stage_1")
+    with pytest.raises(SettingsError, match=r"rwkv_nb\[deepspeed\]"):
+        make_update(torch.nn.Module(), parameters, asked.train, Two(), torch.device("cpu"))
