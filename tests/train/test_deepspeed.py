@@ -16,7 +16,7 @@ from rwkv_nb.lora.adapter import load_adapter
 from rwkv_nb.runs import Run
 from rwkv_nb.train.launch import session_for, torchrun
 from rwkv_nb.train.ranks import Ranks
-from rwkv_nb.train.update import make_update
+from rwkv_nb.train.zero import DeepSpeedUpdate
 
 PROMPT = "User: red\n\nAssistant:"
 
@@ -115,4 +115,4 @@ def test_deepspeed_that_is_not_there_is_said(two, monkeypatch):
     monkeypatch.setitem(sys.modules, "deepspeed", None)     # what importing finds where it is not installed
     parameters, asked = [torch.nn.Parameter(torch.zeros(3))], replace(two, strategy="deepspeed_stage_1")
     with pytest.raises(SettingsError, match=r"rwkv_nb\[deepspeed\]"):
-        make_update(torch.nn.Module(), parameters, asked.train, Two(), torch.device("cpu"))
+        DeepSpeedUpdate(torch.nn.Module(), parameters, asked.train, Two(), torch.device("cpu"))
