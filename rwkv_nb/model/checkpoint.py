@@ -81,7 +81,10 @@ def save_weights(path: str | Path, weights: Mapping[str, Tensor], *, change: Cha
 
 def check_keys(weights: Mapping[str, Tensor], shape: Shape, where="") -> None:
     """Raise CheckpointError that names every missing, unexpected and misshapen key."""
-    if wrong := misfits(weights, shape.key_shapes()):
+    wrong = misfits(weights, shape.key_shapes())
+    if not wrong and shape.n_embd % shape.head_size:
+        wrong = [f"att.r_k or att.time_faaaa: heads of {shape.head_size} channels do not make up {shape.n_embd}"]
+    if wrong:
         raise CheckpointError(f"{len(wrong)} of its keys do not fit an {shape.version} model:\n  " + "\n  ".join(wrong),
                               where=where, fix="use a whole, unchanged base model")
 

@@ -83,6 +83,12 @@ def test_all_that_is_wrong_is_said_at_once(save, weights):
         assert part in text
 
 
+@pytest.mark.parametrize("version, key", [("x070", "att.r_k"), ("x060", "att.time_faaaa")])
+def test_heads_that_do_not_divide_the_channels_are_refused(save, of_version, version, key):
+    heads = {f"blocks.{i}.{key}": torch.zeros(3, 20) for i in range(2)}
+    assert "heads of 20 channels do not make up 64" in refusal(save({**of_version[version], **heads}))
+
+
 def test_a_missing_block_is_named(save, weights):
     assert "missing: blocks.1.att.key.weight" in refusal(
         save({k.replace("blocks.1.", "blocks.2."): v for k, v in weights.items()}))
