@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from packaging.requirements import Requirement
 
+from .quant import Held
 from .runs import free_bytes
 from .wkv import compiler_info, self_test
 from .wkv.nvcc import find_nvcc
@@ -62,7 +63,7 @@ def check_machine(folder: str | Path = ".", *, disk_gb: float = 2, memory_gb: fl
     """
     python = Finding("Python", f"{platform.python_version()} in {Path(sys.prefix).name}")
     return Report([python, *_packages(), _system(Path(folder).resolve()), _cores(), _memory(memory_gb),
-                   _disk(Path(folder), disk_gb), _gpu(), _compiler(), _nvcc(), *_kernels()])
+                   _disk(Path(folder), disk_gb), _gpu(), _compiler(), _nvcc(), *_kernels(), _quant()])
 
 
 def _packages() -> Iterator[Finding]:
@@ -147,6 +148,18 @@ def _kernels() -> Iterator[Finding]:
         else:
             yield Finding(f'WKV "{op}"', f"self-test: largest error {error:.0e}",
                           "" if right else "it computes wrong numbers: use another op, and please report it")
+
+
+def _quant() -> Finding:
+    """Whether a matrix can be held in int8 and nf4 here, by doing it."""
+    W = torch.randn(64, 64, device="cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        for kind in ("int8", "nf4"):
+            Held(W, kind, dtype=W.dtype).dense()
+    except Exception as error:  # beside a missing package: one that was built for another CUDA
+        return Finding("Quantised base", f"int8 and nf4 cannot be used here: {str(error).splitlines()[0]}",
+                       "pip install 'rwkv_nb[quant]'", needed=False)
+    return Finding("Quantised base", f"int8 and nf4, by bitsandbytes {importlib.metadata.version('bitsandbytes')}")
 
 
 def _first_line(*command: str) -> str:

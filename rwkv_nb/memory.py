@@ -97,8 +97,7 @@ class Estimate:
 
 def estimate(shape: Shape, settings: Settings, *, gpu: bool = True) -> Estimate:
     """The memory of a run on a base of this shape, on each GPU or (gpu=False) in a CPU's memory. Takes about half a
-    second, and no time when asked again. Raises SettingsError as a run would for targets that fit nothing and a quant
-    that is not installed."""
+    second, and no time when asked again. Raises SettingsError as a run would for targets that fit nothing."""
     t, live = settings.train, settings.train.live
     T = min(settings.data.ctx_len, t.chunk_ctx or settings.data.ctx_len)
     chunked, joined = T < settings.data.ctx_len, t.devices * t.num_nodes > 1

@@ -1,5 +1,7 @@
 """Notebook 00's report: what this machine has, and what a machine that lacks something is told."""
 
+import sys
+
 import pytest
 
 from rwkv_nb import check
@@ -38,3 +40,10 @@ def test_a_report_reads_well_in_a_terminal_and_a_notebook():
     assert "none &lt;b&gt;" in report._repr_html_()
     missing = Report([*report, Finding("gone", "not installed", "mend it")])
     assert not missing.everything_needed and "✗ gone" in repr(missing)
+
+
+def test_a_missing_bitsandbytes_is_said_with_its_command(monkeypatch):
+    assert "bitsandbytes" in check._quant().found and not check._quant().mend
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    finding = check._quant()
+    assert "cannot be used here" in finding.found and "rwkv_nb[quant]" in finding.mend and not finding.needed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 from collections.abc import Mapping
 
@@ -13,6 +14,7 @@ from ..config import PRESETS, Settings
 from ..errors import RwkvNbError
 from ..memory import QUANTS, TUTORIAL, TUTORIAL_SETTINGS
 from ..model import Shape, load_weights, read_shape
+from ..quant import bitsandbytes
 from ..runs import Run
 from ..words import bytes_text
 from .panel_form import SettingsForm
@@ -104,6 +106,9 @@ class MemoryBar(W.VBox):
             shape, settings, name, limit, gpu = self._read()
             told = memory.estimate(shape, settings, gpu=gpu)
             self._bar.value = bar_html(told, name, limit)
+            t = settings.train
+            if t.quant != "none" or t.quant_head or t.adam_state == "8bit":
+                bitsandbytes()
             if told.total > limit:
                 self._warn(memory.cheapest_change(shape, settings, limit, gpu=gpu))
         except RwkvNbError as error:
@@ -121,8 +126,9 @@ class MemoryBar(W.VBox):
             self._set(PRESETS[change.new])
 
     def _fill(self) -> None:
-        shape, settings, _, limit, gpu = self._read()
-        self._set({"micro_bsz": max(memory.largest_micro_bsz(shape, settings, limit, gpu=gpu), 1)})
+        with contextlib.suppress(RwkvNbError):   # the bar says it already
+            shape, settings, _, limit, gpu = self._read()
+            self._set({"micro_bsz": max(memory.largest_micro_bsz(shape, settings, limit, gpu=gpu), 1)})
 
     def _set(self, changes: dict) -> None:
         self._setting = True

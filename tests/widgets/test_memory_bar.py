@@ -1,5 +1,7 @@
 """The bar follows the form, says what would fit, and its buttons write the run's settings."""
 
+import sys
+
 import pytest
 
 from rwkv_nb.config import PRESETS, Settings, replace, values
@@ -56,6 +58,16 @@ def test_the_largest_micro_bsz_and_the_presets_are_set(run):
     assert told(run) > limit
     bar.preset.value = "small"
     assert PRESETS["small"].items() <= values(run.settings()).items()
+
+
+def test_what_cannot_be_quantised_here_is_said(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    form = SettingsForm(run)
+    bar = MemoryBar(form, run)
+    form.inputs["quant"].value = "nf4"
+    assert "rwkv_nb[quant]" in bar._bar.value
+    form.inputs["quant"].value = "none"
+    assert "GB</b> of" in bar._bar.value
 
 
 def test_a_base_that_cannot_be_read_is_said(run):
