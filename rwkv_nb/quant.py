@@ -117,7 +117,7 @@ class _FrozenProduct(torch.autograd.Function):
         ctx.held = W if isinstance(W, Held) else None
         ctx.save_for_backward(kept, hits, middle, None if ctx.held else W, A, B)
         ctx.scale, ctx.shape = scale, x.shape
-        return y.view(*x.shape[:-1], -1)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], -1)     # logits change in place, which a view could not
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -4,6 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from rwkv_nb.config import LoraSettings
+from rwkv_nb.lora.layers import adapter_parameters, attach
 from rwkv_nb.loss import HEAD_ROWS, SLICE, head_loss
 from rwkv_nb.quant import Held, QuantLinear
 
@@ -68,6 +70,21 @@ def test_a_trained_head_gets_its_gradient():
     n = int(mask.sum())
     got = torch.autograd.grad(head_loss(hidden, head, targets, mask, n, chunk=7)[0], [hidden, head.weight])
     expected = torch.autograd.grad(plain_loss(hidden, head, targets, mask, n)[0], [hidden, head.weight])
+    for a, b in zip(got, expected, strict=True):
+        assert_same(a, b)
+
+
+@pytest.mark.parametrize("quantised", [True, False])
+def test_an_adapter_on_the_head_gets_its_gradient(quantised):
+    hidden, head, targets, mask = example(C=64)
+    head = QuantLinear(Held(head.weight, "int8", dtype=torch.float32)) if quantised else head
+    net = torch.nn.ModuleDict({"head": head})
+    attach(net, LoraSettings(4, 8.0, target_modules=("head",)), seed=0)
+    parameters = list(adapter_parameters(net))
+    torch.nn.init.normal_(parameters[1])
+    n = int(mask.sum())
+    got, expected = (torch.autograd.grad(f(hidden, net["head"], targets, mask, n)[0], [hidden, *parameters])
+                     for f in (head_loss, plain_loss))
     for a, b in zip(got, expected, strict=True):
         assert_same(a, b)
 
