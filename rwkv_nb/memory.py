@@ -10,6 +10,8 @@ import bisect
 import dataclasses
 import functools
 import importlib.util
+import itertools
+import operator
 import os
 import weakref
 from collections.abc import Iterator
@@ -240,17 +242,8 @@ def cheapest_change(shape: Shape, settings: Settings, limit: int, *, gpu: bool) 
     def fits(change: dict) -> bool:
         return estimate(shape, config.replace(settings, **change), gpu=gpu).total <= limit
 
-    if fits({}):
-        return {}
-    changes, together = list(smaller(settings, gpu=gpu)), {}
-    for change in changes:
-        if fits(change):
-            return change
-    for change in changes:
-        together |= change
-        if fits(together):
-            return together
-    return None
+    alone = [{}, *smaller(settings, gpu=gpu)]
+    return next((change for change in (*alone, *itertools.accumulate(alone, operator.or_)) if fits(change)), None)
 
 
 def warning(shape: Shape, settings: Settings, name: str, limit: int, *, gpu: bool) -> str:
