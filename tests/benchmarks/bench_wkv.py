@@ -5,7 +5,8 @@
 Compared with it: op "torch" (the per-step loop that defines each), the same loop as it is usually written, taking
 x[:, t] at every step (its backward pays for a whole zero tensor each time), op "chunked", and where it is installed,
 or FOLDER holds fla/, the naive recurrence of flash-linear-attention. All take turns round after round; a ratio is the
-median of the rounds' ratios, so that what else runs on the machine falls on all alike.
+median of the rounds' ratios, so that what else runs on the machine falls on all alike. glibc keeps freed memory, for
+all alike, as it does in a training run.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 import torch
 from machine import describe
 
+from rwkv_nb.train.loop import keep_freed_memory
 from rwkv_nb.wkv import WKV, pick_op
 from rwkv_nb.wkv.selftest import outputs_and_grads, realistic_inputs, relative_error
 
@@ -119,6 +121,7 @@ def main() -> None:
     chosen = parser.parse_args()
     sys.path.append(str(Path(__file__).parents[1] / "wkv"))
     import fla_naive
+    keep_freed_memory()
     torch.set_num_threads(chosen.threads)
     machine, fla = describe(), fla_naive.load(chosen.fla)
     assert pick_op("cpu", "cpu") == "cpu"
