@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,9 +12,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from .config import Settings
 from .data.chat import loss_mask, prompt
 from .data.jsonl import good, scan_jsonl
-from .data.sources import Document
+from .data.sources import Document, open_split, read_jsonl
 from .errors import DataError
 from .generate import PREFILL, eval_mode, generate
 from .loss import CHUNK
@@ -57,8 +59,10 @@ def exact_match(model: RWKV, tokenizer, examples: Sequence[str], *, max_tokens: 
                 marker: str = MARKER, op: str = "auto", batch: int = 64) -> Score:
     """Greedy answers to the examples' prompts, compared letter by letter.
 
-    max_tokens: None allows 8 more than the longest right answer has.
+    max_tokens: None allows 8 more than the longest right answer has. Of no examples the share is NaN.
     """
+    if not examples:
+        return Score(0, 0, math.nan, [])
     prompts, answers = zip(*(split_example(text, marker) for text in examples), strict=True)
     max_tokens = max_tokens or 8 + max(len(ids) for ids in tokenizer.encode_batch(list(answers)))
     written = generate(model, tokenizer, prompts, max_tokens=max_tokens, op=op, batch=batch)
@@ -183,6 +187,20 @@ def judge(model: RWKV, tokenizer, heldout: Sequence[str], *, general: Iterable |
                      exact_match(model, tokenizer, answered, op=op).share if answered else None,
                      None if general is None else text_loss(model, general, op=op),
                      sum(c.right == c.taken for c in taken) / len(taken) if taken else None)
+
+
+def heldout_texts(path: str | Path, settings: Settings, tokenizer) -> list[str]:
+    """The texts of a jsonl; with path "" those that the run itself kept out of training (heldout, eval_file).
+
+    Raises DataError where it kept out none.
+    """
+    if path:
+        return [text for _, text in read_jsonl(path)]
+    kept = open_split(settings.data, tokenizer, settings.train.eval_file)[1]
+    if not len(kept):
+        raise DataError("this run kept no documents out of training", where="HELDOUT",
+                        fix="give a jsonl of held-out texts, or train with heldout=0.02")
+    return [tokenizer.decode(document.tokens[:-1].tolist()) for document in kept]
 
 
 def judgement_table(judged: Mapping[str, Judgement]) -> str:

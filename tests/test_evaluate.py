@@ -7,10 +7,13 @@ import pytest
 import torch
 
 from rwkv_nb import evaluate
+from rwkv_nb.config import DataSettings, Settings, TrainSettings
+from rwkv_nb.data.sources import open_documents
 from rwkv_nb.errors import DataError
 from rwkv_nb.evaluate import (
     exact_match,
     hardest,
+    heldout_texts,
     judge,
     judgement_table,
     multiple_choice,
@@ -143,3 +146,20 @@ def test_a_judgement_is_its_parts(model, tmp_path):
     assert part.exact is part.general_loss is part.choices is None
     assert "exact" in judgement_table({"a": whole, "b": whole})
     assert "exact" not in judgement_table({"a": whole, "b": part})
+
+
+def test_heldout_texts_are_those_that_the_run_did_not_train_on(tmp_path):
+    texts = [f"User: {i}?\n\nAssistant: {i}!" for i in range(20)]
+    mine, other = tmp_path / "mine.jsonl", tmp_path / "other.jsonl"
+    mine.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    other.write_text(json.dumps({"text": "User: a\n\nAssistant: b"}) + "\n")
+    settings = Settings(data=DataSettings(str(mine), heldout=0.2))
+    kept = heldout_texts("", settings, TOKENIZER)
+    trained = {TOKENIZER.decode(d.tokens[:-1].tolist()) for d in open_documents(settings.data, TOKENIZER)}
+    assert len(kept) == 4 and trained.isdisjoint(kept) and trained.union(kept) == set(texts)
+    apart = Settings(data=settings.data, train=TrainSettings(eval_file=str(other)))
+    assert heldout_texts("", apart, TOKENIZER) == heldout_texts(other, settings, TOKENIZER) == [
+        "User: a\n\nAssistant: b"]
+    with pytest.raises(DataError, match="kept no documents"):
+        heldout_texts("", Settings(data=DataSettings(str(mine))), TOKENIZER)
+    assert exact_match(None, TOKENIZER, []).n == 0

@@ -86,13 +86,17 @@ def open_documents(data: DataSettings, tokenizer) -> Documents | Selection:
     return open_split(data, tokenizer)[0]
 
 
-def open_split(data: DataSettings, tokenizer) -> tuple[Documents | Selection, Documents | Selection]:
-    """(what is trained on, what is held out): the same documents each time for the same data.data_seed."""
+def open_split(data: DataSettings, tokenizer, eval_file: str = ""
+               ) -> tuple[Documents | Selection, Documents | Selection]:
+    """(what is trained on, what is held out): the same documents each time for the same data.data_seed. eval_file is
+    held-out data of its own, read as data says, in place of a share."""
     documents, heldout = split(_open(data, tokenizer), data.heldout, data.data_seed)
     documents = repeated(documents, data.repeat, data.data_seed)
     if data.mix_file:
         more = _open(dataclasses.replace(data, data_file=data.mix_file, data_type="auto"), tokenizer)
         documents = mixed(documents, more, data.mix_share, data.data_seed)
+    if eval_file:
+        heldout = _open(dataclasses.replace(data, data_file=eval_file), tokenizer)
     return documents, heldout
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..config import LiveSettings, Settings, check
 from ..data.batches import Batch, Batches
-from ..data.sources import open_documents, open_split
+from ..data.sources import open_split
 from ..errors import SettingsError, TrainingError
 from ..evaluate import text_loss
 from ..generate import generate
@@ -102,10 +102,7 @@ class Trainer:
         attach(self.model, settings.lora, t.random_seed)
         self.model.train()
         self.parameters = list(adapter_parameters(self.model))
-        self.documents, self.heldout = open_split(settings.data, self.tokenizer)
-        if t.eval_file:
-            apart = dataclasses.replace(settings.data, data_file=t.eval_file, heldout=0.0, repeat=1.0, mix_file="")
-            self.heldout = open_documents(apart, self.tokenizer)
+        self.documents, self.heldout = open_split(settings.data, self.tokenizer, t.eval_file)
         self.batches = Batches(
             self.documents, ctx_len=settings.data.ctx_len, micro_bsz=t.micro_bsz,
             accumulate=t.live.accumulate_grad_batches, seed=t.random_seed, epoch_steps=t.epoch_steps,
