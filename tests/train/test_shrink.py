@@ -85,6 +85,8 @@ def test_a_run_out_of_memory_goes_on_from_its_last_step(tmp_path, roomy):
 
 LOAD = """
 import json, os, resource, sys, time
+import torch
+torch.set_num_threads(1)   # no thread has to start where no memory is left: libgomp ends the process then
 from rwkv_nb.config import Settings, from_dict
 from rwkv_nb.memory import next_smaller
 from rwkv_nb.model import load_weights, read_shape
