@@ -58,6 +58,7 @@ def ours(folder: Path, precision: str, grad_cp: int):
 def peer(folder: Path, precision: str, grad_cp: int):
     """rwkvtune's own model, LoRA, loss and optimizer, without Lightning's loop around them. It trains in fp32 alone on
     a CPU. modules_to_save is empty so that both train the same tensors."""
+    sys.modules["deepspeed"] = None  # where it is installed, rwkvtune asks a Trainer about it, on a CPU too
     from rwkvtune.models.rwkv7 import RWKV7Config, RWKV7Model
     from rwkvtune.peft import LoraConfig, get_peft_model
     from rwkvtune.training.lightning_module import RWKV7LightningModule
