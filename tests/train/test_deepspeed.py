@@ -36,7 +36,7 @@ there = pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="th
 @pytest.mark.parametrize("strategy, changes", [
     ("deepspeed_stage_1", {"epoch_count": 8}), ("deepspeed_stage_2", {"epoch_count": 8}), ("deepspeed_stage_3", {}),
     ("deepspeed_stage_1", {"quant": "nf4", "train_parts": ("ln",), "chunk_ctx": 16}),
-    ("deepspeed_stage_2_offload", {"precision": "fp16"}),
+    ("deepspeed_stage_2_offload", {"precision": "fp16", "epoch_count": 8}),
     ("deepspeed_stage_3_offload", {"precision": "bf16", "grad_cp": "block"}),
 ])
 def test_two_processes_equal_one_and_go_on_as_one(tmp_path, two, chats, strategy, changes):
