@@ -1,5 +1,7 @@
 """The one loss against its plain definition, and its independence of how a step is cut up."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +14,8 @@ from rwkv_nb.quant import Held, QuantLinear
 
 def plain_loss(hidden, head, targets, mask, n_trained):
     """The definition, with all logits at once."""
-    logits = head(hidden[mask]).float()
+    logits = head(hidden[mask])
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     ce = F.cross_entropy(logits, targets[mask], reduction="sum")
     return (ce + 0.5e-4 * logits.max(-1).values.square().sum()) / n_trained, ce
 
@@ -43,13 +46,15 @@ def test_equals_the_plain_computation(chunk):
 
 
 def test_large_vocabularies_are_worked_on_in_slices():
-    V = SLICE // 4
-    hidden, head, targets, mask = example(T=7, C=4, V=V)
+    """Sums over 131,072 rows: how far fp32 is from float64 depends on this machine's BLAS, so plain fp32 is the bar."""
+    hidden, head, targets, mask = example(T=7, C=4, V=SLICE // 4)
     n = int(mask.sum())
-    got, expected = (f(hidden, head, targets, mask, n)[0] for f in (head_loss, plain_loss))
-    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
-    grad, expected_grad = (torch.autograd.grad(loss, hidden)[0] for loss in (got, expected))
-    assert_same(grad, expected_grad)
+    exact = plain_loss(hidden.double(), copy.deepcopy(head).double(), targets, mask, n)[0]
+    got, plain = (f(hidden, head, targets, mask, n)[0] for f in (head_loss, plain_loss))
+    torch.testing.assert_close(got.double(), exact, rtol=1e-6, atol=1e-6)
+    expected, *grads = (torch.autograd.grad(loss, hidden)[0] for loss in (exact, got, plain))
+    error, error_of_plain = ((grad - expected).norm() / expected.norm() for grad in grads)
+    assert error <= 1.5 * error_of_plain + 3e-6
 
 
 def test_an_int8_head_is_made_dense_a_slice_at_a_time():

@@ -106,6 +106,7 @@ def test_two_machines_learn_as_one_and_end_together(tmp_path, two):
     until(lambda: first.snapshot().step >= 3 or first.snapshot().done, 120)
     first.change(lr_init=1e-3)
     held = first.snapshot().step
+    until(lambda: any(row.get("event") == "change" for row in first.snapshot().rows) or first.snapshot().done)
     until(lambda: first.snapshot().step >= held + 3 or first.snapshot().done)
     worker, = (int(pid) for pid in os.listdir("/proc") if pid.isdigit() and is_worker(pid, tmp_path / "1"))
     os.kill(worker, signal.SIGKILL)
