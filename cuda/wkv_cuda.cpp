@@ -37,11 +37,18 @@ struct Call : Wkv {
   at::ScalarType numbers;
   at::TensorOptions on;
   std::deque<Tensor> held;
+  std::vector<int64_t> sizes;  // of r and its like
 
-  // w: [H,N] for WKV-5. more: a and b of WKV-7, or u.
-  Call(const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v, std::initializer_list<const Tensor*> more)
-      : Wkv{}, guard(r.device()), numbers(r.scalar_type()), on(r.options()) {
-    B = r.size(0), T = r.size(1), H = r.size(2), N = r.size(3), once = w.dim() == 2;
+  // w: [H,N] for WKV-5. more: a and b of WKV-7, or u. before: the first state, [B,H,N,N]; or int64 [texts + 1], where
+  // each text begins and all end in the B·T steps, one row behind the other, for texts that know no state before.
+  Call(const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v, std::initializer_list<const Tensor*> more,
+       const OptTensor& before)
+      : Wkv{}, guard(r.device()), numbers(r.scalar_type()), on(r.options()), sizes(r.sizes().vec()) {
+    B = sizes[0], T = sizes[1], H = sizes[2], N = sizes[3], once = w.dim() == 2;
+    if (before && !before->is_floating_point())
+      begins = static_cast<const int64_t*>(read(before, at::kLong)), B = before->numel() - 1;
+    else
+      state = floats(before);
     const bool delta = more.size() == 2;
     const Tensor *const *const other = more.begin();
     for (const Tensor* x : {once ? &r : &w, &k, &v, delta ? other[0] : &r, delta ? other[1] : &r})
@@ -73,7 +80,8 @@ struct Call : Wkv {
     to = x.numel() ? static_cast<float*>(x.data_ptr()) : nullptr;
     return x;
   }
-  Tensor like_r(void*& to) { return room(to, {B, T, H, N}); }
+  Tensor like_r(void*& to) { return room(to, sizes); }
+  int64_t pieces() const { return pieces_of(B * H, T); }
   void run(int (*pass)(const Wkv*, void*)) const {
     const int error = pass(this, current_stream(guard.current_device().index()));
     TORCH_CHECK(error == 0, "WKV on the GPU failed: ", error < 0 ? "it takes heads of 64 channels, not " :
@@ -82,61 +90,62 @@ struct Call : Wkv {
 };
 
 // What is kept for backward: sa of WKV-7, then a state every STEPS steps.
-int64_t sa_size(const Call& call) { return call.a ? call.B * call.T * call.H * call.N : 0; }
+int64_t sa_size(const Call& call, const Tensor& r) { return call.a ? r.numel() : 0; }
 
-std::tuple<Tensor, Tensor, Tensor> forward(Call call, const OptTensor& state, bool save, at::ScalarType type) {
-  const int64_t chunks = (call.T + STEPS - 1) / STEPS, sa = sa_size(call);
-  Tensor y = call.like_r(call.y), last = call.room(call.last, {call.B, call.H, call.N, call.N});
-  Tensor kept = call.room(call.sa, {save ? sa + call.B * call.H * chunks * call.N * call.N : 0});
-  call.state = call.floats(state);
+std::tuple<Tensor, Tensor, Tensor> forward(Call call, const Tensor& r, bool save) {
+  const int64_t states = call.begins ? states_of(r.size(0), call.T, call.B) : call.B * chunks_of(call.T);
+  const int64_t sa = sa_size(call, r);
+  Tensor y = call.like_r(call.y), last = call.room(call.last, {call.begins ? 0 : call.B, call.H, call.N, call.N});
+  Tensor kept = call.room(call.sa, {save ? sa + states * call.H * call.N * call.N : 0});
   call.save = call.sa ? call.sa + sa : nullptr;
   if (!sa) call.sa = nullptr;
   call.run(rwkv_nb_wkv_forward);
-  return {y.to(type), last, kept};
+  return {y.to(r.scalar_type()), last, kept};
 }
 
-void backward(Call& call, const Tensor& kept, const OptTensor& dy, const OptTensor& dlast) {
+void backward(Call& call, const Tensor& r, const Tensor& kept, const OptTensor& dy, const OptTensor& dlast) {
+  const Tensor gs = call.room(call.gs, {call.B, call.H, call.pieces(), call.N, call.N});
   call.sa = static_cast<float*>(kept.data_ptr());
-  call.save = call.sa + sa_size(call);
-  call.dy = call.read(dy), call.dlast = call.floats(dlast);
+  call.save = call.sa + sa_size(call, r);
+  call.dy = call.read(dy), call.dlast = call.begins ? nullptr : call.floats(dlast);
   call.run(rwkv_nb_wkv_backward);
 }
 
 std::tuple<Tensor, Tensor, Tensor> wkv7(const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v,
-                                        const Tensor& a, const Tensor& b, const OptTensor& state, bool save) {
-  return forward(Call(r, w, k, v, {&a, &b}), state, save, r.scalar_type());
+                                        const Tensor& a, const Tensor& b, const OptTensor& before, bool save) {
+  return forward(Call(r, w, k, v, {&a, &b}, before), r, save);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> wkv7_backward(
     const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v, const Tensor& a, const Tensor& b,
-    const OptTensor& state, const Tensor& kept, const OptTensor& dy, const OptTensor& dlast) {
-  Call call(r, w, k, v, {&a, &b});
+    const OptTensor& before, const Tensor& kept, const OptTensor& dy, const OptTensor& dlast) {
+  Call call(r, w, k, v, {&a, &b}, before);
   Tensor dr = call.like_r(call.dr), dw = call.like_r(call.dw), dk = call.like_r(call.dk), dv = call.like_r(call.dv);
-  Tensor da = call.like_r(call.da), db = call.like_r(call.db);
-  Tensor gb = call.room(call.gb, r.sizes()), dstate = call.room(call.dstate, {state ? call.B : 0, call.H, call.N, call.N});
-  backward(call, kept, dy, dlast);
+  Tensor da = call.like_r(call.da), db = call.like_r(call.db), gb = call.room(call.gb, r.sizes());
+  Tensor dstate = call.room(call.dstate, {call.state ? call.B : 0, call.H, call.N, call.N});
+  backward(call, r, kept, dy, dlast);
   return {dr.to(r.scalar_type()), dw.to(w.scalar_type()), dk.to(k.scalar_type()), dv.to(v.scalar_type()),
           da.to(a.scalar_type()), db.to(b.scalar_type()), dstate};
 }
 
 std::tuple<Tensor, Tensor, Tensor> wkv6(const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v,
-                                        const Tensor& u, const OptTensor& state, bool save) {
-  return forward(Call(r, w, k, v, {&u}), state, save, r.scalar_type());
+                                        const Tensor& u, const OptTensor& before, bool save) {
+  return forward(Call(r, w, k, v, {&u}, before), r, save);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> wkv6_backward(
-    const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v, const Tensor& u, const OptTensor& state,
+    const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v, const Tensor& u, const OptTensor& before,
     const Tensor& kept, const OptTensor& dy, const OptTensor& dlast) {
-  Call call(r, w, k, v, {&u});
+  Call call(r, w, k, v, {&u}, before);
+  const std::vector<int64_t> pieces{call.B, call.H, call.pieces(), call.N};
   float* dw_once = nullptr;
   Tensor dr = call.like_r(call.dr), dk = call.like_r(call.dk), dv = call.like_r(call.dv);
-  Tensor dw = call.once ? call.room(dw_once, {call.B, call.H, call.N}) : call.like_r(call.dw);
+  Tensor dw = call.once ? call.room(dw_once, pieces) : call.like_r(call.dw), du = call.room(call.du, pieces);
   if (call.once) call.dw = dw_once;
-  Tensor du = call.room(call.du, {call.B, call.H, call.N});
-  Tensor dstate = call.room(call.dstate, {state ? call.B : 0, call.H, call.N, call.N});
-  backward(call, kept, dy, dlast);
-  return {dr.to(r.scalar_type()), (call.once ? dw.sum(0) : dw).to(w.scalar_type()), dk.to(k.scalar_type()),
-          dv.to(v.scalar_type()), du.sum(0).to(u.scalar_type()), dstate};
+  Tensor dstate = call.room(call.dstate, {call.state ? call.B : 0, call.H, call.N, call.N});
+  backward(call, r, kept, dy, dlast);
+  return {dr.to(r.scalar_type()), (call.once ? dw.sum({0, 2}) : dw).to(w.scalar_type()), dk.to(k.scalar_type()),
+          dv.to(v.scalar_type()), du.sum({0, 2}).to(u.scalar_type()), dstate};
 }
 
 TORCH_LIBRARY_IMPL(rwkv_nb, DISPATCH_KEY, m) {

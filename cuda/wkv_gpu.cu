@@ -14,8 +14,10 @@
 //   what remains when the step's other parts (k dk and its like) are taken off, and φ is summed anew for each chunk.
 // Nothing is divided by a decay, which may be 0.
 //
-// Rows of S and G are independent over time, and so are columns once sa and gb are there; so a head is split over
-// several blocks where there are few heads.
+// Rows of S and G are independent, and so are columns once sa and gb are there. Shared memory, which hands each number
+// to the threads that need it, is the bottleneck; so a thread works on four rows (columns) with each number that it
+// reads. Where there are few heads, waiting is: then a head's rows are split over four blocks, and time, in the pass
+// over columns, into pieces.
 #include "wkv_keys.cuh"
 #include "wkv_values.cuh"
 
@@ -26,29 +28,30 @@ constexpr int64_t FEW = 128;  // heads, about as many as there are multiprocesso
 
 template <bool DELTA, bool BACK, typename Real, typename Decay, typename... Args>
 void pass_values(const Wkv& x, void* stream, Inputs<Real, Decay> in, Args... args) {
-  if (x.B * x.H < FEW) LAUNCH(x.B * x.H * 4, stream, (values<Real, Decay, 8, 1, DELTA, BACK>), in, args...);
-  else LAUNCH(x.B * x.H, stream, (values<Real, Decay, 4, 2, DELTA, BACK>), in, args...);
+  const int64_t heads = x.B * x.H, pieces = pieces_of(heads, x.T), piece = piece_of(heads, x.T);
+  if (heads < FEW) LAUNCH(heads * 4, 128, stream, (values<Real, Decay, 128, 8, 1, DELTA, BACK>), in, args..., pieces, piece);
+  else LAUNCH(heads, 128, stream, (values<Real, Decay, 128, 8, 4, DELTA, BACK>), in, args..., pieces, piece);
 }
 
 template <bool DELTA, typename Real, typename Decay, typename... Args>
 void pass_keys(const Wkv& x, void* stream, Inputs<Real, Decay> in, Args... args) {
-  if (x.B * x.H < FEW) LAUNCH(x.B * x.H * 4, stream, (keys<Real, Decay, 8, 1, DELTA>), in, args...);
-  else LAUNCH(x.B * x.H * 2, stream, (keys<Real, Decay, 8, 2, DELTA>), in, args...);
+  const int64_t heads = x.B * x.H, pieces = pieces_of(heads, x.T), piece = piece_of(heads, x.T);
+  constexpr int THREADS = sizeof(Real) == 2 ? 64 : 128, EACH = 256 / THREADS;  // four of float's would spill
+  LAUNCH(heads * 2 * pieces, THREADS, stream, (keys<Real, Decay, THREADS, 8, EACH, DELTA>), in, args..., pieces, piece);
 }
 
 template <bool DELTA, typename Real, typename Decay> void run(const Wkv& x, void* stream, bool back) {
   const auto real = [](const void* p) { return static_cast<const Real*>(p); };
   const auto room = [](void* p) { return static_cast<Real*>(p); };
-  Inputs<Real, Decay> in{x.T, x.H, x.once ? 0 : x.H * N, real(x.r), real(x.k), real(x.v), real(x.a), real(x.b),
+  Inputs<Real, Decay> in{x.T, x.H, x.once ? 0 : x.H * N, x.begins, real(x.r), real(x.k), real(x.v), real(x.a), real(x.b),
                          static_cast<const Decay*>(x.w), x.u};
   float* const none = nullptr;
   if (!back) return pass_values<DELTA, false>(x, stream, in, in.v, x.state, room(x.y), x.sa, x.last, x.save);
   auto exchanged = in;
   if (!DELTA) exchanged.r = in.k, exchanged.k = in.r;
-  pass_values<DELTA, true>(x, stream, exchanged, real(x.dy), x.dlast, room(x.dv), x.gb, x.dstate, none);
-  pass_keys<DELTA>(x, stream, in, x.sa, x.gb, x.save, real(x.dy), x.dlast, room(x.dr),
-                   x.once ? nullptr : room(x.dw), x.once ? static_cast<float*>(x.dw) : none, room(x.dk), room(x.da),
-                   room(x.db), x.du);
+  pass_values<DELTA, true>(x, stream, exchanged, real(x.dy), x.dlast, room(x.dv), x.gb, x.dstate, x.gs);
+  pass_keys<DELTA>(x, stream, in, x.sa, x.gb, x.save, x.gs, real(x.dy), room(x.dr), x.once ? nullptr : room(x.dw),
+                   x.once ? static_cast<float*>(x.dw) : none, room(x.dk), room(x.da), room(x.db), x.du);
 }
 
 template <typename Real> void run(const Wkv& x, void* stream, bool back) {

@@ -6,23 +6,15 @@
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#define LAUNCH(blocks, stream, kernel, ...) \
-  kernel<<<static_cast<unsigned>(blocks), THREADS, 0, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
+#define LAUNCH(blocks, threads, stream, kernel, ...) \
+  kernel<<<static_cast<unsigned>(blocks), threads, 0, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
 #else
 #include "host.h"
 #endif
 
-// Large blocks that share a multiprocessor, which bounds their registers: more would spill.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-#define CROWD 3
-#else
-#define CROWD 4
-#endif
-
 namespace rwkv_nb {
 
-constexpr int THREADS = 128;   // a block
-constexpr int N = 64;          // channels of a head
+constexpr int N = 64;   // channels of a head
 
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
@@ -58,78 +50,129 @@ __device__ inline float rate(float w) { return expf(w > 4.7f ? 4.7f : w); }
 __device__ inline float change(float w) { return expm1f(-rate(w)); }
 __device__ inline float same(float x) { return x; }
 
-// A thread's place in its block, and its lane: the LANES threads of one place share rows (or columns) of the state,
-// and each holds every LANES-th quad of them. Threads that differ in bit 0 have one lane, those that differ in bit 1
-// one place: so the 16 bytes that each lane reads of shared memory, and the 8 of each place, come in the fewest turns.
-template <int LANES> struct Spot {
+__device__ inline float total(const float (&x)[2]) { return x[0] + x[1]; }
+__device__ inline float total(const float (&x)[4]) { return (x[0] + x[1]) + (x[2] + x[3]); }
+
+// A thread's place in its block, and its lane. The LANES threads of one place share EACH rows (or columns) of the state:
+// each holds every LANES-th quad of all of them. Threads that differ in bit 0 have one lane, those that differ in bit 1
+// one place: so the 16 bytes that each lane reads of shared memory, and those of each place, come in the fewest turns.
+template <int LANES, int EACH> struct Spot {
   static constexpr int WIDE = LANES == 8 ? 5 : 4;   // bits 1, 3 (and 4) are the lane's
   const int t = threadIdx.x, lane = (t >> 1 & 1) | (t >> 3 & (LANES / 2 - 1)) << 1,
-            place = (t & 1) | (t >> 2 & 1) << 1 | t >> WIDE << 2;
+            place = (t & 1) | (t >> 2 & 1) << 1 | t >> WIDE << 2, first = place * EACH;
+  // Of a place's EACH sums (`share`), the one that this lane gets, and whether it is the first lane that does.
+  const int own = first + (EACH == 4 ? (lane & 1) << 1 | (lane >> 1 & 1) : EACH == 2 ? lane & 1 : 0);
+  const bool tells = lane < EACH;
+
   __device__ int at(int i) const { return (i / 4 * LANES + lane) * 4 + i % 4; }  // channel of the i-th number held
-};
 
-// The sum over the lanes of a place, in each of them.
-template <int LANES> __device__ inline float sum(float x) {
-  x += __shfl_xor_sync(0xffffffffu, x, 2);
-  x += __shfl_xor_sync(0xffffffffu, x, 8);
-  return LANES == 8 ? x + __shfl_xor_sync(0xffffffffu, x, 16) : x;
-}
-template <int LANES> __device__ inline float sum(const float (&x)[4]) { return sum<LANES>((x[0] + x[1]) + (x[2] + x[3])); }
-
-// STEPS steps of a tensor, COUNT numbers of each, on their way to shared memory: `fetch` asks for them, and the wait
-// for global memory passes behind the steps before. Row t lies at from + t * stride; a row that does not exist, and
-// any row of a null pointer, reads as `fill`.
-template <typename Real, int COUNT> struct Rows {
-  static constexpr int QUADS = STEPS * COUNT / 4, EACH = (QUADS + THREADS - 1) / THREADS;
-  Quad<Real> q[EACH];
-
-  static __device__ bool mine(int i) { return QUADS % THREADS == 0 || threadIdx.x + i * THREADS < QUADS; }
-  static __device__ int row(int i) { return (threadIdx.x + i * THREADS) / (COUNT / 4); }
-  static __device__ int column(int i) { return (threadIdx.x + i * THREADS) % (COUNT / 4) * 4; }
-
-  __device__ void fetch(const Real* from, int64_t stride, int64_t t0, int64_t T, float fill = 0) {
-#pragma unroll
-    for (int i = 0; i < EACH; ++i) {
-      const int64_t t = t0 + row(i);
-      q[i] = from && mine(i) && t >= 0 && t < T
-                 ? *reinterpret_cast<const Quad<Real>*>(from + t * stride + column(i))
-                 : pack<Real>({fill, fill, fill, fill});
+  // The EACH numbers of this place.
+  __device__ void read(float (&to)[EACH], const float* from) const {
+    if constexpr (EACH == 4) {
+      const Quads x = quad(from + first);
+      for (int e = 0; e < 4; ++e) to[e] = x.x[e];
+    } else {
+      for (int e = 0; e < EACH; ++e) to[e] = from[first + e];
     }
   }
-  template <typename Of> __device__ void store(float* to, Of of) const {
+
+  // The bit of the thread in which the i-th bit of the lane lies, and that far neighbour's number.
+  static __device__ constexpr int bit(int i) { return i == 0 ? 2 : i == 1 ? 8 : 16; }
+  static __device__ float far(float x, int i) { return __shfl_xor_sync(0xffffffffu, x, bit(i)); }
+
+  // The sum over all lanes of x[own - first]: at each exchange two lanes halve between them what is left to add up.
+  __device__ float share(float (&x)[EACH]) const {
+    int i = 0;
+#pragma unroll
+    for (int half = EACH / 2; half; half /= 2, ++i) {
+      const bool upper = t & bit(i);
+      for (int e = 0; e < half; ++e) {
+        const float given = upper ? x[e] : x[e + half], kept = upper ? x[e + half] : x[e];
+        x[e] = kept + far(given, i);
+      }
+    }
+#pragma unroll
+    for (; 1 << i < LANES; ++i) x[0] += far(x[0], i);
+    return x[0];
+  }
+  // The way back: what every lane has of `share`, in all of them.
+  __device__ void spread(float mine, float (&x)[EACH]) const {
+    int i = EACH == 4 ? 1 : 0;
+    x[0] = mine;
+#pragma unroll
+    for (int half = 1; half < EACH; half *= 2, --i) {
+      const bool upper = t & bit(i);
+      for (int e = 0; e < half; ++e) {
+        const float other = far(x[e], i), held = x[e];
+        x[e] = upper ? other : held, x[e + half] = upper ? held : other;
+      }
+    }
+  }
+};
+
+// STEPS steps of a tensor, COUNT numbers of each, on their way to shared memory: `fetch` asks for them, and the wait
+// for global memory passes behind the steps before. The first row lies at `from`, and `stride` numbers lie from one to
+// the next; rows from `left` on do not exist and read as `fill`, as do all of a null pointer.
+template <typename Real, int COUNT, int THREADS> struct Rows {
+  static constexpr int QUADS = STEPS * COUNT / 4, EACH = QUADS < THREADS ? 1 : QUADS / THREADS, STEP = STEPS / EACH;
+  Quad<Real> q[EACH];
+
+  static __device__ int row() { return threadIdx.x / (COUNT / 4); }  // of the first quad; the others' are STEP apart
+  static __device__ int column() { return threadIdx.x % (COUNT / 4) * 4; }
+
+  __device__ void fetch(const Real* from, int64_t stride, int left, float fill = 0) {
+    if (from) from += row() * stride + column();
 #pragma unroll
     for (int i = 0; i < EACH; ++i)
-      if (mine(i)) {
-        const Quads x = unpack(q[i]);
-        quad(to + row(i) * COUNT + column(i)) = {of(x.x[0]), of(x.x[1]), of(x.x[2]), of(x.x[3])};
-      }
+      q[i] = from && row() + i * STEP < left ? *reinterpret_cast<const Quad<Real>*>(from + i * STEP * stride)
+                                             : pack<Real>({fill, fill, fill, fill});
+  }
+  template <typename Of> __device__ void store(float* to, Of of) const {
+    if (row() >= STEPS) return;  // more threads than quads
+    to += row() * COUNT + column();
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) {
+      const Quads x = unpack(q[i]);
+      quad(to + i * STEP * COUNT) = {of(x.x[0]), of(x.x[1]), of(x.x[2]), of(x.x[3])};
+    }
   }
   __device__ void store(float* to) const { store(to, same); }
 
-  // The way back: rows of shared memory to the steps from t0 that exist. Each thread reads what it has `store`d.
-  static __device__ void flush(const float* from, Real* to, int64_t stride, int64_t t0, int64_t T) {
+  // The way back: rows of shared memory to those that exist. Each thread reads what it has `store`d.
+  static __device__ void flush(const float* from, Real* to, int64_t stride, int left) {
+    if (!to) return;
+    from += row() * COUNT + column(), to += row() * stride + column();
 #pragma unroll
     for (int i = 0; i < EACH; ++i)
-      if (to && mine(i) && t0 + row(i) < T)
-        *reinterpret_cast<Quad<Real>*>(to + (t0 + row(i)) * stride + column(i)) =
-            pack<Real>(quad(from + row(i) * COUNT + column(i)));
+      if (row() + i * STEP < left)
+        *reinterpret_cast<Quad<Real>*>(to + i * STEP * stride) = pack<Real>(quad(from + i * STEP * COUNT));
   }
 };
 
 template <typename Real, typename Decay> struct Inputs {
   int64_t T, H, w_stride;          // from one step's w to the next one's; 0: one w [H,N] for all steps
+  const int64_t* begins;
   const Real *r, *k, *v, *a, *b;
   const Decay* w;
   const float* u;
 };
 
-// What a block works on: where its head's numbers and states begin, and the first of its SPAN rows or columns.
+// What a block works on: one head of one text, where its numbers and its saved states begin, and the first of its SPAN
+// rows or columns.
 template <int SPAN> struct Part {
-  int64_t head, h, base, stride, w;
-  int first;
-  template <typename In> __device__ explicit Part(const In& x)
-      : head(blockIdx.x / (N / SPAN)), h(head % x.H), base((head / x.H * x.T * x.H + h) * N), stride(x.H * N),
-        w(x.w_stride ? base : h * N), first(blockIdx.x % (N / SPAN) * SPAN) {}
+  int64_t head, h, chunks, base, stride, w, w_stride, states;
+  int T, first;
+  template <typename In> __device__ Part(const In& x, int64_t block)
+      : head(block / (N / SPAN)), h(head % x.H), stride(x.H * N), w_stride(x.w_stride), first(block % (N / SPAN) * SPAN) {
+    const int64_t text = head / x.H, at = x.begins ? x.begins[text] : text * x.T;
+    T = x.begins ? x.begins[text + 1] - at : x.T;
+    chunks = (T + STEPS - 1) / STEPS;
+    base = (at * x.H + h) * N;
+    w = w_stride ? base : h * N;
+    states = x.begins ? (at / STEPS + text) * x.H + h * chunks : head * chunks;
+  }
+  __device__ int64_t row(int64_t t0) const { return base + t0 * stride; }     // where a step's numbers begin
+  __device__ int left(int64_t t0) const { return T - t0 < STEPS ? T - t0 : STEPS; }
 };
 
 }  // namespace rwkv_nb

@@ -7,163 +7,164 @@ namespace rwkv_nb {
 // The change of a decay that leaves an eighth. Below, the decay's gradient is computed from the state itself.
 constexpr float MOST_GONE = -0.875f;
 
-// The gradients of what belongs to keys, over columns of the state, back in time. dw_once and du: [B,H,N].
-template <typename Real, typename Decay, int LANES, int EACH, bool DELTA>
-__global__ void __launch_bounds__(THREADS, sizeof(Real) == 2 ? 4 : 3)
-keys(Inputs<Real, Decay> x, const float* sa, const float* gb, const float* save, const Real* dy, const float* dlast,
-     Real* dr, Real* dw, float* dw_once, Real* dk, Real* da, Real* db, float* du) {
+// The gradients of what belongs to keys, over columns of the state, back through a piece of time, of `piece` chunks.
+// save: states before each chunk; gs: their gradients behind each piece. dw_once and du: [B,H,pieces,N].
+template <typename Real, typename Decay, int THREADS, int LANES, int EACH, bool DELTA>
+__global__ void __launch_bounds__(THREADS, THREADS == 64 ? 4 : 3)
+keys(Inputs<Real, Decay> x, const float* sa, const float* gb, const float* save, const float* gs, const Real* dy,
+     Real* dr, Real* dw, float* dw_once, Real* dk, Real* da, Real* db, float* du, int64_t pieces, int64_t piece) {
   constexpr int SPAN = THREADS / LANES * EACH, COUNT = N / LANES, MORE = DELTA ? STEPS : 1;
-  __shared__ __align__(16) float vs[STEPS][N], dys[STEPS][N], sas[MORE][N], gbs[MORE][N];
-  __shared__ __align__(16) float rs[STEPS][SPAN], ms[STEPS][SPAN], ks[STEPS][SPAN], as[MORE][SPAN], bs[MORE][SPAN];
-  // dws: first the decay's rate. das: without DELTA, q of each step.
-  __shared__ __align__(16) float drs[STEPS][SPAN], dws[STEPS][SPAN], dks[STEPS][SPAN], das[STEPS][SPAN], dbs[MORE][SPAN];
+  __shared__ __align__(16) struct {  // in one piece, so that one register holds its address
+    float v[STEPS][N], dy[STEPS][N], sa[MORE][N], gb[MORE][N];
+    float r[STEPS][SPAN], m[STEPS][SPAN], k[STEPS][SPAN], a[MORE][SPAN], b[MORE][SPAN];
+    float dr[STEPS][SPAN], dk[STEPS][SPAN], db[MORE][SPAN];
+    float dw[STEPS][SPAN], da[STEPS][SPAN];  // dw: first the decay's rate. da: without DELTA, q of each step
+  } room;
 
-  const Part<SPAN> part(x);
-  const Spot<LANES> spot;
-  const int64_t T = x.T, chunks = (T + STEPS - 1) / STEPS, base = part.base, cols = base + part.first;
-  const int mine = spot.place * EACH;
+  const Part<SPAN> part(x, blockIdx.x / pieces);
+  const Spot<LANES, EACH> spot;
+  const int64_t mine = part.head * pieces + blockIdx.x % pieces, stride = part.stride;
+  const int64_t begin = blockIdx.x % pieces * piece * STEPS, last = begin / STEPS + piece,
+                end = (last < part.chunks ? last : part.chunks) * STEPS;  // before `begin` where a text is short
+  const int own = spot.own;  // the column, of this place's, that is this lane's to finish
 
-  Rows<Real, N> next_v, next_dy;
-  Rows<float, N> next_sa, next_gb;
-  Rows<Real, SPAN> next_r, next_k, next_a, next_b;
-  Rows<Decay, SPAN> next_w;
+  Rows<Real, N, THREADS> next_v, next_dy;
+  Rows<float, N, THREADS> next_sa, next_gb;
+  Rows<Real, SPAN, THREADS> next_r, next_k, next_a, next_b;
+  Rows<Decay, SPAN, THREADS> next_w;
   const auto fetch = [&](int64_t t0) {
-    next_v.fetch(x.v + base, part.stride, t0, T);
-    next_dy.fetch(dy ? dy + base : nullptr, part.stride, t0, T);
-    next_r.fetch(x.r + cols, part.stride, t0, T);
-    next_w.fetch(x.w + part.w + part.first, x.w_stride, t0, T, -INFINITY);
-    next_k.fetch(x.k + cols, part.stride, t0, T);
+    const int64_t at = part.row(t0), cols = at + part.first;
+    const int left = part.left(t0);
+    next_v.fetch(x.v + at, stride, left);
+    next_dy.fetch(dy ? dy + at : nullptr, stride, left);
+    next_r.fetch(x.r + cols, stride, left);
+    next_w.fetch(x.w + part.w + part.first + t0 * part.w_stride, part.w_stride, left, -INFINITY);
+    next_k.fetch(x.k + cols, stride, left);
     if constexpr (DELTA) {
-      next_sa.fetch(sa + base, part.stride, t0, T);
-      next_gb.fetch(gb + base, part.stride, t0, T);
-      next_a.fetch(x.a + cols, part.stride, t0, T);
-      next_b.fetch(x.b + cols, part.stride, t0, T);
+      next_sa.fetch(sa + at, stride, left);
+      next_gb.fetch(gb + at, stride, left);
+      next_a.fetch(x.a + cols, stride, left);
+      next_b.fetch(x.b + cols, stride, left);
     }
   };
   const auto flush = [&](int64_t t0) {
-    using Out = Rows<Real, SPAN>;
-    Out::flush(drs[0], dr + cols, part.stride, t0, T);
-    Out::flush(dws[0], dw ? dw + cols : nullptr, part.stride, t0, T);
-    Out::flush(dks[0], dk + cols, part.stride, t0, T);
-    if (DELTA) Out::flush(das[0], da + cols, part.stride, t0, T), Out::flush(dbs[0], db + cols, part.stride, t0, T);
+    using Out = Rows<Real, SPAN, THREADS>;
+    const int64_t at = part.row(t0) + part.first;
+    const int left = part.left(t0);
+    Out::flush(room.dr[0], dr + at, stride, left);
+    Out::flush(room.dw[0], dw ? dw + at : nullptr, stride, left);
+    Out::flush(room.dk[0], dk + at, stride, left);
+    if (DELTA) Out::flush(room.da[0], da + at, stride, left), Out::flush(room.db[0], db + at, stride, left);
   };
-  const auto load = [&](float (&X)[EACH][COUNT], const float* state) {
+  const auto load = [&](float (&X)[COUNT][EACH], const float* state) {
 #pragma unroll
-    for (int i = 0; i < COUNT; ++i)
-#pragma unroll
-      for (int e = 0; e < EACH; ++e) X[e][i] = state ? state[spot.at(i) * N + part.first + mine + e] : 0;
+    for (int i = 0; i < COUNT; ++i) spot.read(X[i], state + spot.at(i) * N + part.first);
   };
+  const auto save_of = [&](int64_t t0) { return save + (part.states + t0 / STEPS) * N * N; };
 
-  const auto step = [&](float (&X)[EACH][COUNT], int s, int c) {  // four numbers of each column of S, one step on
-    const Quads V = quad(&vs[s][spot.at(c)]), P = DELTA ? quad(&sas[s][spot.at(c)]) : Quads{};
-    float M[EACH], K[EACH], B[EACH];
-    for (int e = 0; e < EACH; ++e) M[e] = ms[s][mine + e], K[e] = ks[s][mine + e], B[e] = DELTA ? bs[s][mine + e] : 0;
+  const auto step = [&](float (&X)[COUNT][EACH], int s, int c) {  // four numbers of each column of S, one step on
+    const Quads V = quad(&room.v[s][spot.at(c)]), P = DELTA ? quad(&room.sa[s][spot.at(c)]) : Quads{};
+    float M[EACH], K[EACH], B[EACH] = {};
+    spot.read(M, room.m[s]), spot.read(K, room.k[s]);
+    if (DELTA) spot.read(B, room.b[s]);
     for (int e = 0; e < EACH; ++e)
-      for (int f = 0; f < 4; ++f) X[e][c + f] += X[e][c + f] * M[e] + V.x[f] * K[e] + (DELTA ? P.x[f] * B[e] : 0);
+      for (int f = 0; f < 4; ++f) {
+        float& S = X[c + f][e];
+        S += S * M[e], S += V.x[f] * K[e];
+        if (DELTA) S += P.x[f] * B[e];
+      }
   };
 
-  float S[EACH][COUNT], G[EACH][COUNT], u[EACH] = {}, all_u[EACH] = {}, all_w[EACH] = {};
-  load(G, dlast ? dlast + part.head * N * N : nullptr);
-  load(S, save + (part.head * chunks + chunks - 1) * N * N);
-  for (int e = 0; e < EACH; ++e) u[e] = DELTA ? 0 : x.u[part.h * N + part.first + mine + e];
-  fetch((chunks - 1) * STEPS);
-  for (int64_t t0 = (chunks - 1) * STEPS; t0 >= 0; t0 -= STEPS) {
+  float S[COUNT][EACH], G[COUNT][EACH], all_u = 0, all_w = 0;
+  const float u = DELTA ? 0 : x.u[part.h * N + part.first + own];
+  if (begin < end) load(G, gs + mine * N * N), load(S, save_of(end - STEPS)), fetch(end - STEPS);
+  for (int64_t t0 = end - STEPS; t0 >= begin; t0 -= STEPS) {
     __syncthreads();
-    if (t0 + STEPS < chunks * STEPS) flush(t0 + STEPS);
-    next_v.store(vs[0]);
-    next_dy.store(dys[0]);
-    next_r.store(rs[0]);
-    next_w.store(ms[0], change);
-    next_w.store(dws[0], rate);
-    next_k.store(ks[0]);
-    if (DELTA) next_sa.store(sas[0]), next_gb.store(gbs[0]), next_a.store(as[0]), next_b.store(bs[0]);
+    if (t0 + STEPS < end) flush(t0 + STEPS);
+    next_v.store(room.v[0]);
+    next_dy.store(room.dy[0]);
+    next_r.store(room.r[0]);
+    next_w.store(room.m[0], change);
+    next_w.store(room.dw[0], rate);
+    next_k.store(room.k[0]);
+    if (DELTA) next_sa.store(room.sa[0]), next_gb.store(room.gb[0]), next_a.store(room.a[0]), next_b.store(room.b[0]);
     __syncthreads();
 
-#pragma unroll 2
+#pragma unroll 1
     for (int s = 0; s < STEPS; ++s) {
-      float sum_r[EACH][4] = {}, sum_a[EACH][4] = {};
+      float sum_r[EACH] = {}, sum_a[EACH] = {};
 #pragma unroll
       for (int c = 0; c < COUNT; c += 4) {
         const int n = spot.at(c);
-        const Quads V = quad(&vs[s][n]), DY = quad(&dys[s][n]), GB = DELTA ? quad(&gbs[s][n]) : Quads{};
+        const Quads V = quad(&room.v[s][n]), DY = quad(&room.dy[s][n]), GB = DELTA ? quad(&room.gb[s][n]) : Quads{};
         for (int e = 0; e < EACH; ++e)
           for (int f = 0; f < 4; ++f) {
-            sum_a[e][f] += DELTA ? S[e][c + f] * GB.x[f] : V.x[f] * DY.x[f];
-            if (!DELTA) sum_r[e][f] += S[e][c + f] * DY.x[f];
+            sum_a[e] += DELTA ? S[c + f][e] * GB.x[f] : V.x[f] * DY.x[f];
+            if (!DELTA) sum_r[e] += S[c + f][e] * DY.x[f];
           }
         step(S, s, c);
         for (int e = 0; DELTA && e < EACH; ++e)
-          for (int f = 0; f < 4; ++f) sum_r[e][f] += S[e][c + f] * DY.x[f];
+          for (int f = 0; f < 4; ++f) sum_r[e] += S[c + f][e] * DY.x[f];
       }
-      float r_[EACH], a_[EACH];
-      for (int e = 0; e < EACH; ++e) r_[e] = sum<LANES>(sum_r[e]), a_[e] = sum<LANES>(sum_a[e]);
-      for (int e = 0; spot.lane == 0 && e < EACH; ++e) drs[s][mine + e] = r_[e], das[s][mine + e] = a_[e];
+      const float r_ = spot.share(sum_r), a_ = spot.share(sum_a);
+      if (spot.tells) room.dr[s][own] = r_, room.da[s][own] = a_;
     }
-    float phi[EACH];
-    for (int e = 0; e < EACH; ++e) {
-      float p[4] = {};
-#pragma unroll
-      for (int c = 0; c < COUNT; ++c) p[c % 4] += G[e][c] * S[e][c];
-      phi[e] = sum<LANES>(p);
-    }
-    fetch(t0 - STEPS);
-    if (t0) load(S, save + (part.head * chunks + t0 / STEPS - 1) * N * N);
+    float phis[EACH] = {};
+    for (int c = 0; c < COUNT; ++c)
+      for (int e = 0; e < EACH; ++e) phis[e] += G[c][e] * S[c][e];
+    float phi = spot.share(phis);
+    if (t0 > begin) fetch(t0 - STEPS), load(S, save_of(t0 - STEPS));
 
-#pragma unroll (3 - EACH)
+#pragma unroll 1
     for (int s = STEPS - 1; s >= 0; --s) {
-      float R[EACH], M[EACH], A[EACH], sum_k[EACH][4] = {}, sum_b[EACH][4] = {};
-      for (int e = 0; e < EACH; ++e)
-        R[e] = rs[s][mine + e], M[e] = ms[s][mine + e], A[e] = DELTA ? as[s][mine + e] : 0;
-      float direct[EACH] = {};
+      float R[EACH], M[EACH], A[EACH] = {}, sum_k[EACH] = {}, sum_b[EACH] = {};
+      spot.read(R, room.r[s]), spot.read(M, room.m[s]);
+      if (DELTA) spot.read(A, room.a[s]);
+      float direct = 0;
       bool fast = false;  // little is left of S_{t-1}: less than φ's rounding, times a large rate
       for (int e = 0; e < EACH; ++e) fast |= M[e] < MOST_GONE;
       if (__any_sync(0xffffffffu, fast)) {
-        float Z[EACH][COUNT];
-        load(Z, save + (part.head * chunks + t0 / STEPS) * N * N);
+        float Z[COUNT][EACH], sums[EACH] = {};
+        load(Z, save_of(t0));
         for (int j = 0; j < s; ++j)
 #pragma unroll
           for (int c = 0; c < COUNT; c += 4) step(Z, j, c);
-        for (int e = 0; e < EACH; ++e) {
-          float p[4] = {};
-#pragma unroll
-          for (int c = 0; c < COUNT; ++c) p[c % 4] += (G[e][c] + (DELTA ? dys[s][spot.at(c)] * R[e] : 0)) * Z[e][c];
-          direct[e] = sum<LANES>(p) * expf(-dws[s][mine + e]);
-        }
+        for (int c = 0; c < COUNT; ++c)
+          for (int e = 0; e < EACH; ++e) sums[e] += (G[c][e] + (DELTA ? room.dy[s][spot.at(c)] * R[e] : 0)) * Z[c][e];
+        direct = spot.share(sums) * expf(-room.dw[s][own]);
       }
 #pragma unroll
       for (int c = 0; c < COUNT; c += 4) {
         const int n = spot.at(c);
-        const Quads V = quad(&vs[s][n]), DY = quad(&dys[s][n]), P = DELTA ? quad(&sas[s][n]) : Quads{},
-                    GB = DELTA ? quad(&gbs[s][n]) : Quads{};
+        const Quads V = quad(&room.v[s][n]), DY = quad(&room.dy[s][n]), P = DELTA ? quad(&room.sa[s][n]) : Quads{},
+                    GB = DELTA ? quad(&room.gb[s][n]) : Quads{};
         for (int e = 0; e < EACH; ++e)
           for (int f = 0; f < 4; ++f) {
-            float& g = G[e][c + f];
-            if (DELTA) g += DY.x[f] * R[e], sum_b[e][f] += g * P.x[f];
-            sum_k[e][f] += g * V.x[f];
-            g += g * M[e] + (DELTA ? GB.x[f] * A[e] : DY.x[f] * R[e]);
+            float& g = G[c + f][e];
+            if (DELTA) g += DY.x[f] * R[e], sum_b[e] += g * P.x[f];
+            sum_k[e] += g * V.x[f];
+            g += g * M[e], g += DELTA ? GB.x[f] * A[e] : DY.x[f] * R[e];
           }
       }
-      float k_[EACH], b_[EACH];
-      for (int e = 0; e < EACH; ++e) k_[e] = sum<LANES>(sum_k[e]), b_[e] = DELTA ? sum<LANES>(sum_b[e]) : 0;
-      for (int e = 0; spot.lane == 0 && e < EACH; ++e) {
-        const int at = mine + e;
-        const float K = ks[s][at], Rr = R[e] * drs[s][at], q = das[s][at];
-        const float left = M[e] < MOST_GONE ? direct[e] : phi[e] + (DELTA ? Rr - bs[s][at] * b_[e] : 0) - K * k_[e];
-        phi[e] = left + (DELTA ? A[e] * q : Rr);
-        all_w[e] += dws[s][at] *= -left;
-        dks[s][at] = DELTA ? k_[e] : k_[e] + u[e] * R[e] * q;
-        if (DELTA) dbs[s][at] = b_[e];
-        else drs[s][at] += u[e] * K * q, all_u[e] += R[e] * K * q;
+      const float k_ = spot.share(sum_k), b_ = DELTA ? spot.share(sum_b) : 0;
+      if (spot.tells) {
+        const float K = room.k[s][own], r = room.r[s][own], Rr = r * room.dr[s][own], q = room.da[s][own];
+        const float left = room.m[s][own] < MOST_GONE ? direct : phi + (DELTA ? Rr - room.b[s][own] * b_ : 0) - K * k_;
+        phi = left + (DELTA ? room.a[s][own] * q : Rr);
+        all_w += room.dw[s][own] *= -left;
+        room.dk[s][own] = DELTA ? k_ : k_ + u * r * q;
+        if (DELTA) room.db[s][own] = b_;
+        else room.dr[s][own] += u * K * q, all_u += r * K * q;
       }
     }
   }
   __syncthreads();
-  flush(0);
-  for (int e = 0; e < EACH; ++e)
-    if (!DELTA && spot.lane == 0) {
-      du[part.head * N + part.first + mine + e] = all_u[e];
-      if (dw_once) dw_once[part.head * N + part.first + mine + e] = all_w[e];
-    }
+  if (begin < end) flush(begin);
+  if (!DELTA && spot.tells) {
+    const int64_t to = mine * N + part.first + own;
+    du[to] = all_u;
+    if (dw_once) dw_once[to] = all_w;
+  }
 }
 
 }  // namespace rwkv_nb

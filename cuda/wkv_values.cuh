@@ -4,33 +4,41 @@
 
 namespace rwkv_nb {
 
-// One pass over rows of the state. Forward: in = v, out = y, extra = sa, from the first state to the last one. BACK in
-// time: in = dy, out = dv, extra = gb, from the last state's gradient to the first one's. save: states, or null.
-template <typename Real, typename Decay, int LANES, int EACH, bool DELTA, bool BACK>
-__global__ void __launch_bounds__(THREADS, EACH == 1 ? 4 : sizeof(Decay) == 2 ? CROWD : 3)
-values(Inputs<Real, Decay> x, const Real* in, const float* from, Real* out, float* extra, float* to, float* save) {
+// One pass over rows of the state. Forward: in = v, out = y, extra = sa, from the first state to the last one, and
+// `save` takes the state before each chunk. BACK in time: in = dy, out = dv, extra = gb, from the last state's gradient
+// to the first one's, and `save` takes the one behind each piece of time (see `keys`).
+template <typename Real, typename Decay, int THREADS, int LANES, int EACH, bool DELTA, bool BACK>
+__global__ void __launch_bounds__(THREADS, sizeof(Decay) == 2 ? 4 : 3)
+values(Inputs<Real, Decay> x, const Real* in, const float* from, Real* out, float* extra, float* to, float* save,
+       int64_t pieces, int64_t piece) {
   constexpr int SPAN = THREADS / LANES * EACH, COUNT = N / LANES, MORE = DELTA ? STEPS : 1;
-  __shared__ __align__(16) float rs[STEPS][N], ms[STEPS][N], ks[STEPS][N], as[MORE][N], bs[MORE][N];
-  __shared__ __align__(16) float ins[STEPS][SPAN], outs[STEPS][SPAN], extras[MORE][SPAN], us[N];
+  constexpr int PARTS = EACH == 4 ? 2 : 4;  // of a sum, so that no addition waits for the one before
+  __shared__ __align__(16) struct {  // in one piece, so that one register holds its address
+    float r[STEPS][N], m[STEPS][N], k[STEPS][N], a[MORE][N], b[MORE][N];
+    float in[STEPS][SPAN], out[STEPS][SPAN], extra[MORE][SPAN], u[N];
+  } room;
 
-  const Part<SPAN> part(x);
-  const Spot<LANES> spot;
-  const int64_t T = x.T, chunks = (T + STEPS - 1) / STEPS, base = part.base, rows = base + part.first;
-  const int mine = spot.place * EACH;
+  const Part<SPAN> part(x, blockIdx.x);
+  const Spot<LANES, EACH> spot;
+  const int64_t chunks = part.chunks, stride = part.stride;
 
-  Rows<Real, N> next_r, next_k, next_a, next_b;
-  Rows<Decay, N> next_w;
-  Rows<Real, SPAN> next_in;
+  Rows<Real, N, THREADS> next_r, next_k, next_a, next_b;
+  Rows<Decay, N, THREADS> next_w;
+  Rows<Real, SPAN, THREADS> next_in;
   const auto fetch = [&](int64_t t0) {
-    next_r.fetch(x.r + base, part.stride, t0, T);
-    next_w.fetch(x.w + part.w, x.w_stride, t0, T, -INFINITY);  // a step that does not exist changes nothing
-    next_k.fetch(x.k + base, part.stride, t0, T);
-    if (DELTA) next_a.fetch(x.a + base, part.stride, t0, T), next_b.fetch(x.b + base, part.stride, t0, T);
-    next_in.fetch(in ? in + rows : nullptr, part.stride, t0, T);
+    const int64_t at = part.row(t0);
+    const int left = part.left(t0);
+    next_r.fetch(x.r + at, stride, left);
+    next_w.fetch(x.w + part.w + t0 * part.w_stride, part.w_stride, left, -INFINITY);  // no step changes nothing
+    next_k.fetch(x.k + at, stride, left);
+    if (DELTA) next_a.fetch(x.a + at, stride, left), next_b.fetch(x.b + at, stride, left);
+    next_in.fetch(in ? in + at + part.first : nullptr, stride, left);
   };
   const auto flush = [&](int64_t t0) {
-    Rows<Real, SPAN>::flush(outs[0], out ? out + rows : nullptr, part.stride, t0, T);
-    if (DELTA) Rows<float, SPAN>::flush(extras[0], extra ? extra + rows : nullptr, part.stride, t0, T);
+    const int64_t at = part.row(t0) + part.first;
+    const int left = part.left(t0);
+    Rows<Real, SPAN, THREADS>::flush(room.out[0], out ? out + at : nullptr, stride, left);
+    if (DELTA) Rows<float, SPAN, THREADS>::flush(room.extra[0], extra ? extra + at : nullptr, stride, left);
   };
 
   float X[EACH][COUNT];
@@ -38,7 +46,7 @@ values(Inputs<Real, Decay> x, const Real* in, const float* from, Real* out, floa
 #pragma unroll
     for (int e = 0; e < EACH; ++e)
 #pragma unroll
-      for (int c = 0; c < COUNT; c += 4) move((part.first + mine + e) * N + spot.at(c), X[e] + c);
+      for (int c = 0; c < COUNT; c += 4) move((part.first + spot.first + e) * N + spot.at(c), X[e] + c);
   };
   const auto save_to = [&](float* state) {
     states([=](int at, const float* x) { quad(state + at) = {x[0], x[1], x[2], x[3]}; });
@@ -47,68 +55,69 @@ values(Inputs<Real, Decay> x, const Real* in, const float* from, Real* out, floa
     const Quads first = from ? quad(from + part.head * N * N + at) : Quads{};
     for (int f = 0; f < 4; ++f) x[f] = first.x[f];
   });
-  if (!DELTA && threadIdx.x < N) us[threadIdx.x] = x.u[part.h * N + threadIdx.x];
+  if (!DELTA && threadIdx.x < N) room.u[threadIdx.x] = x.u[part.h * N + threadIdx.x];
 
   fetch(BACK ? (chunks - 1) * STEPS : 0);
   for (int64_t i = 0; i < chunks; ++i) {
-    const int64_t t0 = (BACK ? chunks - 1 - i : i) * STEPS, then = BACK ? -STEPS : STEPS;
+    const int64_t chunk = BACK ? chunks - 1 - i : i, t0 = chunk * STEPS, then = BACK ? -STEPS : STEPS;
     __syncthreads();
     if (i) flush(t0 - then);
-    next_r.store(rs[0]);
-    next_w.store(ms[0], change);
-    next_k.store(ks[0]);
-    if (DELTA) next_a.store(as[0]), next_b.store(bs[0]);
-    next_in.store(ins[0]);
+    next_r.store(room.r[0]);
+    next_w.store(room.m[0], change);
+    next_k.store(room.k[0]);
+    if (DELTA) next_a.store(room.a[0]), next_b.store(room.b[0]);
+    next_in.store(room.in[0]);
     __syncthreads();
-    fetch(t0 + then);
-    if (save) save_to(save + (part.head * chunks + t0 / STEPS) * N * N);
-#pragma unroll (3 - EACH)
+    if (i + 1 < chunks) fetch(t0 + then);
+    if (save && !BACK) save_to(save + (part.states + chunk) * N * N);
+    if (save && BACK && (!i || (chunk + 1) % piece == 0)) save_to(save + (part.head * pieces + chunk / piece) * N * N);
+#pragma unroll (EACH == 1 ? 2 : 1)
     for (int j = 0; j < STEPS; ++j) {
       const int s = BACK ? STEPS - 1 - j : j;
-      float in_[EACH], p[EACH][4] = {}, q[EACH] = {}, y[EACH][4] = {};
-      for (int e = 0; e < EACH; ++e) in_[e] = ins[s][mine + e];
+      float in_[EACH], p[EACH][PARTS] = {}, q[EACH] = {}, y[EACH][PARTS] = {}, z[EACH], own = 0;
+      spot.read(in_, room.in[s]);
       if constexpr (DELTA) {
 #pragma unroll
         for (int c = 0; c < COUNT; c += 4) {
           const int n = spot.at(c);
-          const Quads A = quad(&(BACK ? bs : as)[s][n]), R = BACK ? quad(&rs[s][n]) : Quads{},
-                      K = BACK ? quad(&ks[s][n]) : Quads{};
+          const Quads A = quad(&(BACK ? room.b : room.a)[s][n]), R = BACK ? quad(&room.r[s][n]) : Quads{},
+                      K = BACK ? quad(&room.k[s][n]) : Quads{};
           for (int e = 0; e < EACH; ++e)
             for (int f = 0; f < 4; ++f) {
-              if (BACK) X[e][c + f] += in_[e] * R.x[f], y[e][f] += X[e][c + f] * K.x[f];
-              p[e][f] += X[e][c + f] * A.x[f];
+              if (BACK) X[e][c + f] += in_[e] * R.x[f], y[e][f % PARTS] += X[e][c + f] * K.x[f];
+              p[e][f % PARTS] += X[e][c + f] * A.x[f];
             }
         }
-        for (int e = 0; e < EACH; ++e) q[e] = sum<LANES>(p[e]);
+        for (int e = 0; e < EACH; ++e) z[e] = total(p[e]);
+        own = spot.share(z);
+        spot.spread(own, q);
+        if (spot.tells) room.extra[s][spot.own] = own;
       }
 #pragma unroll
       for (int c = 0; c < COUNT; c += 4) {
         const int n = spot.at(c);
-        const Quads M = quad(&ms[s][n]);
+        const Quads M = quad(&room.m[s][n]);
         if constexpr (DELTA && BACK) {
-          const Quads A = quad(&as[s][n]);
+          const Quads A = quad(&room.a[s][n]);
           for (int e = 0; e < EACH; ++e)
-            for (int f = 0; f < 4; ++f) X[e][c + f] += X[e][c + f] * M.x[f] + q[e] * A.x[f];
+            for (int f = 0; f < 4; ++f) X[e][c + f] += X[e][c + f] * M.x[f], X[e][c + f] += q[e] * A.x[f];
         } else {
-          const Quads K = quad(&ks[s][n]), R = quad(&rs[s][n]), B = DELTA ? quad(&bs[s][n]) : Quads{},
-                      U = DELTA ? Quads{} : quad(&us[n]);
+          const Quads K = quad(&room.k[s][n]), R = quad(&room.r[s][n]), B = DELTA ? quad(&room.b[s][n]) : Quads{},
+                      U = DELTA ? Quads{} : quad(&room.u[n]);
           for (int f = 0; f < 4; ++f) {
-            const float own = U.x[f] * K.x[f];
+            const float bonus = U.x[f] * K.x[f];
             for (int e = 0; e < EACH; ++e) {
               float& S = X[e][c + f];
-              if (!DELTA) y[e][f] += (S + in_[e] * own) * R.x[f];
-              S += S * M.x[f] + in_[e] * K.x[f];
-              if (DELTA) S += q[e] * B.x[f], y[e][f] += S * R.x[f];
+              if (!DELTA) y[e][f % PARTS] += (S + in_[e] * bonus) * R.x[f];
+              S += S * M.x[f], S += in_[e] * K.x[f];
+              if (DELTA) S += q[e] * B.x[f], y[e][f % PARTS] += S * R.x[f];
             }
           }
         }
       }
-      float z[EACH];
-      for (int e = 0; e < EACH; ++e) z[e] = sum<LANES>(y[e]);
-      for (int e = 0; spot.lane == 0 && e < EACH; ++e) {
-        outs[s][mine + e] = z[e];
-        if (DELTA) extras[s][mine + e] = q[e];
-      }
+      for (int e = 0; e < EACH; ++e) z[e] = total(y[e]);
+      own = spot.share(z);
+      if (spot.tells) room.out[s][spot.own] = own;
     }
   }
   __syncthreads();

@@ -13,7 +13,7 @@ import torch
 from ..errors import KernelError
 from . import fla_op, kernels, reference, triton_op
 from .build import compiler_info
-from .packed import by_text
+from .packed import borders, by_text
 from .selftest import self_test
 
 __all__ = ["OPS", "WKV", "compiler_info", "pick_op", "self_test", "versions", "wkv5", "wkv6", "wkv7"]
@@ -26,6 +26,7 @@ class _Op(NamedTuple):
     device: str = ""             # type of device, "" for any
     load: Callable | None = None  # makes it ready, or raises KernelError; None: plain PyTorch, any dtype
     auto: bool = True            # "auto" may take it
+    packed: bool = False         # for the state, it also takes where texts begin (packed.borders)
 
 
 def _in(module) -> dict[int, Callable]:
@@ -33,7 +34,8 @@ def _in(module) -> dict[int, Callable]:
 
 
 _TABLE = {  # the fastest first: "auto" takes the first that works
-    "cuda": _Op({v: functools.partial(kernels.run_cuda, f"wkv{v}") for v in (7, 6, 5)}, "cuda", kernels.load_cuda),
+    "cuda": _Op({v: functools.partial(kernels.run_cuda, f"wkv{v}") for v in (7, 6, 5)}, "cuda", kernels.load_cuda,
+                packed=True),
     "triton": _Op(_in(triton_op), "cuda", triton_op.load),
     "fla": _Op(_in(fla_op), "cuda", fla_op.load, auto=False),
     "cpu": _Op({v: functools.partial(kernels.run, f"wkv{v}") for v in (7, 6, 5)}, "cpu", kernels.load),
@@ -101,10 +103,13 @@ def pick_op(op, device, dtype=torch.float32, version=7) -> str:
 def _run(version, op, state, **inputs):
     _check_shapes(version, state, inputs)
     r = inputs["r"]
-    form = _TABLE[pick_op(op, r.device, r.dtype, version)].forms[version]
+    op = _TABLE[pick_op(op, r.device, r.dtype, version)]
+    form = op.forms[version]
     mixed = torch.is_autocast_enabled(r.device.type)
     with torch.autocast(r.device.type, enabled=False) if mixed else nullcontext():  # the state's sums stay float32
         if state is not None and state.dtype == torch.bool:
+            if op.packed:
+                return form(*inputs.values(), borders(state).to(r.device, non_blocking=True))[0], state
             return by_text(form, state, inputs), state
         return form(*inputs.values(), state)
 

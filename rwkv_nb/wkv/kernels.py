@@ -1,7 +1,8 @@
 """The compiled kernels as torch operators: shapes for torch.compile, and gradients. Sources: cuda/.
 
 Every version's operator is wkvX(*inputs, state, save) -> (y, last state, what backward needs) with a
-wkvX_backward(*inputs, state, saved, dy, dlast) -> (gradients of the inputs, of the state).
+wkvX_backward(*inputs, state, saved, dy, dlast) -> (gradients of the inputs, of the state). On a GPU, the place of the
+state may hold int64 [texts + 1]: where texts begin in the B·T steps, and the end; then no state goes in or comes out.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def run(name, *inputs):
     """One operator of torch.ops.rwkv_nb by its name ("wkv7"); `inputs` and results as of `wkv7` and its like, the
     state, or None, last. `load` comes first."""
     *inputs, state = inputs
-    inputs = (*inputs, None if state is None else state.float())
+    inputs = (*inputs, state if state is None or _are_texts(state) else state.float())
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     y, last, _ = getattr(torch.ops.rwkv_nb, name)(*inputs, save)
     return y, last
@@ -67,18 +68,25 @@ def _load_once() -> None:
 
 
 def _fake(name, r, *others):
+    *_, state, save = others
     B, T, H, N = r.shape
-    last = r.new_empty(B, H, N, N, dtype=torch.float32)
-    sa, states = name == "wkv7", -(-T // SAVE) * B * H * N * N
+    last = r.new_empty(0 if _are_texts(state) else B, H, N, N, dtype=torch.float32)
+    sa = name == "wkv7"
     if r.device.type == "cuda":
-        return r.new_empty(r.shape), last, last.new_empty((sa * r.numel() + states) if others[-1] else 0)
-    return r.new_empty(r.shape), last, last.new_empty(B, T if sa and others[-1] else 0, H, N)
+        states = B * T // SAVE + len(state) - 1 if _are_texts(state) else -(-T // SAVE) * B
+        return r.new_empty(r.shape), last, last.new_empty((sa * r.numel() + states * H * N * N) if save else 0)
+    return r.new_empty(r.shape), last, last.new_empty(B, T if sa and save else 0, H, N)
 
 
 def _fake_backward(*args):
     *inputs, state, saved, _dy, _dlast = args
     B, _, H, N = inputs[0].shape
-    return *(x.new_empty(x.shape) for x in inputs), saved.new_empty(B if state is not None else 0, H, N, N)
+    begun = state is not None and not _are_texts(state)
+    return *(x.new_empty(x.shape) for x in inputs), saved.new_empty(B if begun else 0, H, N, N)
+
+
+def _are_texts(state) -> bool:
+    return state is not None and not state.is_floating_point()
 
 
 def _setup(ctx, inputs, output):
@@ -92,4 +100,4 @@ def _backward(name, ctx, dy, dlast, _dsaved):
     if dy is None and dlast is None:
         return (None,) * (len(inputs) + 2)
     *grads, dstate = getattr(torch.ops.rwkv_nb, f"{name}_backward")(*inputs, state, saved, dy, dlast)
-    return *grads, dstate if state is not None else None, None
+    return *grads, None if state is None or _are_texts(state) else dstate, None

@@ -106,4 +106,5 @@ inline void launch(int64_t blocks, int threads, const std::function<void()>& ker
 
 }  // namespace host
 
-#define LAUNCH(blocks, stream, kernel, ...) ((void)(stream), host::launch(blocks, THREADS, [=] { kernel(__VA_ARGS__); }))
+#define LAUNCH(blocks, threads, stream, kernel, ...) \
+  ((void)(stream), host::launch(blocks, threads, [=] { kernel(__VA_ARGS__); }))

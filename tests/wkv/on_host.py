@@ -11,6 +11,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from rwkv_nb.wkv import kernels, wkv5, wkv6, wkv7
+from rwkv_nb.wkv.packed import borders
 from rwkv_nb.wkv.selftest import realistic_inputs
 
 WKV = {7: wkv7, 6: wkv6, 5: wkv5}
@@ -37,10 +38,12 @@ def results(wkv, inputs, upstream, dtype=None):
 
 
 def errors(version, T, B=1, H=1, N=64, dtype="float32", state=True, wide=False, only=None, odd=False, slow=False,
-           way=None):
+           texts=False, way=None):
     """way: what to test, by default the operators. only: "y" or "last", the one result that is used. odd: mixed
-    dtypes, no tensor whole or at a round address. slow: decays so near 1 that thousands of steps are remembered."""
+    dtypes, no tensor whole or at a round address. slow: decays so near 1 that thousands of steps are remembered.
+    texts: the rows are some texts of random lengths each, and there are no states."""
     dtype, way = getattr(torch, dtype), way or functools.partial(kernels.run, f"wkv{version}")
+    definition = functools.partial(WKV[version], op="torch")
     *inputs, first = realistic_inputs(B, T, H, N, version=version, wide=wide)
     if slow:
         inputs[1].uniform_(-10, -6)
@@ -50,13 +53,25 @@ def errors(version, T, B=1, H=1, N=64, dtype="float32", state=True, wide=False, 
         inputs[2:5] = [torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape) for x in inputs[2:5]]
         inputs[0] = inputs[0].transpose(0, 1).contiguous().transpose(0, 1)
         inputs[3] = inputs[3][:, :1].expand(B, T, H, N)
+    if texts:
+        only, starts = "y", torch.rand(B, T) < 0.1
+        starts[:, 0] = True
+        inputs[-1] = None
+        definition, way = _on_texts(definition, starts), _on_texts(way, borders(starts))
     upstream = (None if only == "last" else torch.randn(B, T, H, N).to(dtype),
                 None if only == "y" else torch.randn(B, H, N, N))
-    reference = results(functools.partial(WKV[version], op="torch"), inputs, upstream, torch.float64)
+    reference = results(definition, inputs, upstream, torch.float64)
     out = results(way, inputs, upstream)
     assert [x.dtype for x in out[2:]] == [x.dtype for x in inputs if x is not None]
     names = "y", "last", *NAMES[max(version, 6)]
     return {name: excess(x, ref) for name, x, ref in zip(names, out, reference, strict=False)}
+
+
+def _on_texts(way, before):
+    def with_texts(*inputs):
+        y, _ = way(*inputs[:-1], before)
+        return y, y.new_zeros(())  # there is no last state
+    return with_texts
 
 
 def check_what_is_kept():
@@ -64,9 +79,13 @@ def check_what_is_kept():
     for version in WKV:
         inputs = realistic_inputs(2, 1024, 3, 64, version=version)
         kept = getattr(torch.ops.rwkv_nb, f"wkv{version}")(*inputs, True)[2]
+        begins = torch.tensor([0, 5, 1024, 1999, 2048])
+        of_texts = getattr(torch.ops.rwkv_nb, f"wkv{version}")(*inputs[:-1], begins, True)
         with FakeTensorMode():
-            told = [torch.empty(x.shape, device="cuda") for x in inputs]
-            assert getattr(torch.ops.rwkv_nb, f"wkv{version}")(*told, True)[2].shape == kept.shape
+            *told, state = [torch.empty(x.shape, device="cuda") for x in inputs]
+            assert getattr(torch.ops.rwkv_nb, f"wkv{version}")(*told, state, True)[2].shape == kept.shape
+            fakes = getattr(torch.ops.rwkv_nb, f"wkv{version}")(*told, torch.empty(5, dtype=torch.long, device="cuda"), True)
+            assert [x.shape for x in fakes] == [x.shape for x in of_texts]
         assert kept.nbytes / (2 * 1024 * 3) == 1024 + 256 * (version == 7)
 
 

@@ -23,13 +23,18 @@ ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
 NVCC = nvcc.find_nvcc()
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc here")
 
-# Chunks of 8 and 16 steps: lengths around their ends. 256 heads and more take another kernel than fewer.
+# Chunks of 16 steps: lengths around their ends. 128 heads and more take another kernel than fewer. Backward's time is in
+# pieces of a chunk or, where there are more than 32 heads, of some.
 CASES = [
     *({"version": v, "T": T, "B": 2 if T < 60 else 1, "state": T != 16, "wide": T % 2 == 0}
       for v in (7, 6, 5) for T in (1, 8, 15, 16, 17, 64, 257)),
     *({"version": v, "T": T, "H": 2, "dtype": dtype, "state": T == 17, "wide": T != 17}
       for v in (7, 6, 5) for T in (17, 33) for dtype in ("bfloat16", "float16")),
-    *({"version": v, "T": 3, "B": 2, "H": 128} for v in (7, 6)),
+    {"version": 7, "T": 70, "H": 128},
+    *({"version": v, "T": 19, "H": 128, "wide": True} for v in (6, 5)),
+    *({"version": v, "T": 77, "B": 2, "H": 2, "texts": True, "dtype": d} for v in (7, 6, 5)
+      for d in ("float32", "bfloat16")),
+    {"version": 7, "T": 50, "B": 3, "H": 14, "texts": True},
     *({"version": v, "T": 19, "B": 2, "H": 2, "odd": True} for v in (7, 6, 5)),
     *({"version": v, "T": 18, "only": only} for v in (7, 6) for only in ("y", "last")),
     *({"version": v, "T": 1500, "slow": True} for v in (7, 5)),
@@ -74,7 +79,7 @@ def host_errors(folder):
 @pytest.mark.parametrize("i", range(len(CASES)), ids=["-".join(f"{k}={v}" for k, v in c.items()) for c in CASES])
 def test_the_kernels_source_against_float64(host_errors, i):
     for name, error in host_errors[i].items():
-        assert error <= 2e-6, name  # NaN fails too
+        assert error <= (1e-5 if name == "dw" else 2e-6), name  # NaN fails too; dw is a small rest of large sums
 
 
 def test_what_is_kept_for_backward(host_errors):
@@ -85,7 +90,9 @@ def test_a_missing_barrier_is_seen(folder):
     """The fibers of host.h run in random order, so that the tests above say something about barriers."""
     unsafe = Path(shutil.copytree(CUDA, folder / "unsafe"))
     source = unsafe / "wkv_values.cuh"
-    source.write_text(source.read_text().replace("    __syncthreads();\n    fetch", "    fetch"))
+    whole = source.read_text()
+    source.write_text(whole.replace("    __syncthreads();\n    if (i + 1 < chunks) fetch", "    if (i + 1 < chunks) fetch"))
+    assert source.read_text() != whole
     result, = on_host(compile_on_host(folder, unsafe), [{"version": 7, "T": 40}])
     assert result["y"] > 1e-3
 
@@ -96,7 +103,7 @@ def test_compiles_without_spills(architecture, tmp_path):
     said = NVCC.compile(tmp_path, f"-arch={architecture}", "-Xptxas=-v")
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", said)]
     spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said)
-    assert len(registers) == len(spills) == 48  # 6 a version and dtype; WKV-6 and -5 share float's
+    assert len(registers) == len(spills) == 40  # 5 a version and dtype; WKV-6 and -5 share float's
     assert set(spills) == {("0", "0", "0")} and max(registers) <= 255
     assert "warning" not in said
 
