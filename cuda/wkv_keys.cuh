@@ -4,8 +4,9 @@
 
 namespace rwkv_nb {
 
-// The change of a decay that leaves an eighth. Below, the decay's gradient is computed from the state itself.
-constexpr float MOST_GONE = -0.875f;
+// The change of a decay that leaves e^-4. Beyond, up to a decay that is 0, its gradient is computed from the state
+// itself, anew: φ's rounding, times so large a rate, would show.
+constexpr float MOST_GONE = -0.98168f;
 
 // The gradients of what belongs to keys, over columns of the state, back through a piece of time, of `piece` chunks.
 // save: states before each chunk; gs: their gradients behind each piece. dw_once and du: [B,H,pieces,N].
@@ -121,8 +122,8 @@ keys(Inputs<Real, Decay> x, const float* sa, const float* gb, const float* save,
       spot.read(R, room.r[s]), spot.read(M, room.m[s]);
       if (DELTA) spot.read(A, room.a[s]);
       float direct = 0;
-      bool fast = false;  // little is left of S_{t-1}: less than φ's rounding, times a large rate
-      for (int e = 0; e < EACH; ++e) fast |= M[e] < MOST_GONE;
+      bool fast = false;
+      for (int e = 0; e < EACH; ++e) fast |= M[e] < MOST_GONE && M[e] > -1;
       if (__any_sync(0xffffffffu, fast)) {
         float Z[COUNT][EACH], sums[EACH] = {};
         load(Z, save_of(t0));
