@@ -33,7 +33,8 @@ soak: setup-test       ## the longer proofs; the results are in tests/benchmarks
 
 # On a machine with a GPU and a torch of its own, where nothing is set up or downloaded.
 gpu-check:             ## PART=kernels|train|memory: what only a GPU shows; the results are in tests/benchmarks/results/gpu/
-	@"$(or $(wildcard $(ENV)/bin/python),python3)" tests/gpu/gpu_check.py $(or $(PART),kernels) $(if $(PEER),--peer $(PEER))
+	@"$(or $(wildcard $(ENV)/bin/python),python3)" tests/gpu/gpu_check.py $(or $(PART),kernels) $(if $(PEER),--peer $(PEER)) \
+		$(if $(ONLY),--only "$(ONLY)") $(if $(OUT),--out "$(OUT)")
 
 setup:
 	@bash .ci/setup.sh "$(ENV)"

@@ -111,6 +111,9 @@ void backward(Call& call, const Tensor& r, const Tensor& kept, const OptTensor& 
   call.run(rwkv_nb_wkv_backward);
 }
 
+// A sum over [B,H,pieces,N] that leaves [H,N].
+Tensor over_texts(const Tensor& x) { return x.sum(at::IntArrayRef{0, 2}); }
+
 std::tuple<Tensor, Tensor, Tensor> wkv7(const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v,
                                         const Tensor& a, const Tensor& b, const OptTensor& before, bool save) {
   return forward(Call(r, w, k, v, {&a, &b}, before), r, save);
@@ -144,8 +147,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> wkv6_backward(
   if (call.once) call.dw = dw_once;
   Tensor dstate = call.room(call.dstate, {call.state ? call.B : 0, call.H, call.N, call.N});
   backward(call, r, kept, dy, dlast);
-  return {dr.to(r.scalar_type()), (call.once ? dw.sum({0, 2}) : dw).to(w.scalar_type()), dk.to(k.scalar_type()),
-          dv.to(v.scalar_type()), du.sum({0, 2}).to(u.scalar_type()), dstate};
+  return {dr.to(r.scalar_type()), (call.once ? over_texts(dw) : dw).to(w.scalar_type()), dk.to(k.scalar_type()),
+          dv.to(v.scalar_type()), over_texts(du).to(u.scalar_type()), dstate};
 }
 
 TORCH_LIBRARY_IMPL(rwkv_nb, DISPATCH_KEY, m) {

@@ -27,6 +27,7 @@ class _Op(NamedTuple):
     load: Callable | None = None  # makes it ready, or raises KernelError; None: plain PyTorch, any dtype
     auto: bool = True            # "auto" may take it
     packed: bool = False         # for the state, it also takes where texts begin (packed.borders)
+    heads: Callable[[int], bool] = lambda N: True  # the head sizes that it takes
 
 
 def _in(module) -> dict[int, Callable]:
@@ -35,8 +36,8 @@ def _in(module) -> dict[int, Callable]:
 
 _TABLE = {  # the fastest first: "auto" takes the first that works
     "cuda": _Op({v: functools.partial(kernels.run_cuda, f"wkv{v}") for v in (7, 6, 5)}, "cuda", kernels.load_cuda,
-                packed=True),
-    "triton": _Op(_in(triton_op), "cuda", triton_op.load),
+                packed=True, heads=lambda N: N == kernels.CUDA_HEAD),
+    "triton": _Op(_in(triton_op), "cuda", triton_op.load, heads=triton_op.takes),
     "fla": _Op(_in(fla_op), "cuda", fla_op.load, auto=False),
     "cpu": _Op({v: functools.partial(kernels.run, f"wkv{v}") for v in (7, 6, 5)}, "cpu", kernels.load),
     "chunked": _Op({7: reference.wkv7_chunked, 6: reference.wkv6_chunked, 5: reference.wkv5_chunked}),
@@ -80,18 +81,20 @@ def versions(op) -> tuple[int, ...]:
     return tuple(_TABLE[op].forms)
 
 
-def pick_op(op, device, dtype=torch.float32, version=7) -> str:
+def pick_op(op, device, dtype=torch.float32, version=7, head_size=64) -> str:
     """The op that `wkv7` (`wkv6`, `wkv5`: version) will run. device: a torch.device, its name, or a tensor.
 
-    The first call may compile. "auto" warns once of each faster op that cannot run: on a GPU it takes "cuda", else
-    "triton", on a CPU "cpu", else "chunked". Raises KernelError for a name that does not exist or cannot run here.
+    The first call may compile, and tries on a GPU whether it works. "auto" warns once of each faster op that cannot
+    run: on a GPU it takes "cuda", else "triton", on a CPU "cpu", else "chunked". Raises KernelError for a name that
+    does not exist or cannot run here.
     """
     if op not in OPS:
         raise KernelError(f"there is no WKV op {op!r}", fix=f"use one of {', '.join(OPS)}")
     device = torch.device(device.device if isinstance(device, torch.Tensor) else device)
     if op == "auto":
         return next(name for name in _TABLE
-                    if _TABLE[name].auto and _fits(name, device, dtype, version) and _works(name))
+                    if _TABLE[name].auto and _fits(name, device, dtype, version) and _TABLE[name].heads(head_size)
+                    and _works(name))
     if not _fits(op, device, dtype, version):
         raise KernelError(f'WKV-{version} op "{op}" does not take {dtype} on {device.type}', where="op",
                           fix=f'use op "auto", or float32, bfloat16 or float16 on {_TABLE[op].device}')
@@ -103,7 +106,7 @@ def pick_op(op, device, dtype=torch.float32, version=7) -> str:
 def _run(version, op, state, **inputs):
     _check_shapes(version, state, inputs)
     r = inputs["r"]
-    op = _TABLE[pick_op(op, r.device, r.dtype, version)]
+    op = _TABLE[pick_op(op, r.device, r.dtype, version, r.shape[-1])]
     form = op.forms[version]
     mixed = torch.is_autocast_enabled(r.device.type)
     with torch.autocast(r.device.type, enabled=False) if mixed else nullcontext():  # the state's sums stay float32

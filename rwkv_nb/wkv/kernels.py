@@ -13,11 +13,13 @@ import threading
 import torch
 
 from ..errors import KernelError
-from .build import load_cpu_kernels
+from .build import load_cpu_kernels, remembered
 from .nvcc import load_cuda_kernels
+from .selftest import try_out
 
 VERSIONS = ("wkv7", "wkv6", "wkv5")
-SAVE = 16  # steps between two states that the GPU kernels keep for backward
+SAVE = 16       # steps between two states that the GPU kernels keep for backward
+CUDA_HEAD = 64  # channels of a head that the GPU kernels take
 
 _lock = threading.Lock()
 
@@ -44,16 +46,16 @@ def load() -> None:
 
 @torch.compiler.assume_constant_result
 def load_cuda() -> None:
-    """`load` for GPUs. The CPU's kernels come along: the schemas are theirs."""
+    """`load` for GPUs, and a step of time on one. The CPU's kernels come along: the schemas are theirs."""
     load()
     with _lock:
-        load_cuda_kernels()
+        _load_cuda_once()
 
 
 def run_cuda(name, *inputs):
-    """`run` on a GPU. Raises KernelError for heads that are not 64 wide."""
-    if inputs[0].shape[-1] != 64:
-        raise KernelError(f"the GPU kernels take heads of 64 channels, not {inputs[0].shape[-1]}", where="op",
+    """`run` on a GPU. Raises KernelError for heads that are not CUDA_HEAD wide."""
+    if inputs[0].shape[-1] != CUDA_HEAD:
+        raise KernelError(f"the GPU kernels take heads of {CUDA_HEAD} channels, not {inputs[0].shape[-1]}", where="op",
                           fix='use op "chunked"')
     return run(name, *inputs)
 
@@ -65,6 +67,12 @@ def _load_once() -> None:
         torch.library.register_fake(f"rwkv_nb::{name}", functools.partial(_fake, name))
         torch.library.register_fake(f"rwkv_nb::{name}_backward", _fake_backward)
         torch.library.register_autograd(f"rwkv_nb::{name}", functools.partial(_backward, name), setup_context=_setup)
+
+
+@remembered
+def _load_cuda_once() -> None:
+    load_cuda_kernels()
+    try_out(functools.partial(run_cuda, "wkv7"))
 
 
 def _fake(name, r, *others):

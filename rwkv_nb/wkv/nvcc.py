@@ -79,11 +79,15 @@ def _build(nvcc: Nvcc | None, architectures: list[str], folder: Path) -> None:
     print(f"rwkv_nb: compiling the GPU WKV kernels with nvcc {nvcc.version} ({nvcc.source}) for "
           f"{', '.join(architectures)} (once per machine, usually under a minute) …", file=sys.stderr, flush=True)
     nvcc.compile(folder, *(f"-gencode=arch={a.replace('sm', 'compute')},code={a}" for a in architectures))
+    compile_cpp("rwkv_nb_cuda", ["wkv_cuda.cpp"], folder, ("-O2",), [*map(str, folder.glob("*.o")), *link_flags(nvcc)])
+
+
+def link_flags(nvcc: Nvcc) -> list[str]:
+    """What the linker needs beside the objects."""
     places = [f"-L{nvcc.root() / place}" for place in ("targets/x86_64-linux/lib", "targets/sbsa-linux/lib", "lib64",
                                                        "lib")]
     torchs = ["-Wl,--no-as-needed", "-ltorch_cuda"] if torch.version.cuda else []  # the current stream's function
-    compile_cpp("rwkv_nb_cuda", ["wkv_cuda.cpp"], folder, ("-O2",),
-                [*map(str, folder.glob("*.o")), *places, "-lcudart_static", "-lrt", "-ldl", "-lpthread", *torchs])
+    return [*places, "-lcudart_static", "-lrt", "-ldl", "-lpthread", *torchs]
 
 
 def _places() -> Iterator[tuple[str, Path]]:

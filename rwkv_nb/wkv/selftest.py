@@ -23,13 +23,13 @@ def self_test(ops=("torch", "chunked", "cpu"), device="cpu") -> list[SelfTest]:
     from . import WKV, versions
     errors, notes = {op: [] for op in ops}, {}
     for version, wkv in WKV.items():
-        inputs = [x.to(device) for x in realistic_inputs(2, 37, 3, 64, version=version)]
+        inputs = realistic_inputs(2, 37, 3, 64, version=version, device=device)
         upstream = torch.randn(2, 37, 3, 64, device=device), torch.randn(2, 3, 64, 64, device=device)
         reference = outputs_and_grads(wkv, inputs, upstream, torch.float64, op="torch")
         for op in ops:
             try:
                 out = outputs_and_grads(wkv, inputs, upstream, torch.float32, op=op) if version in versions(op) else []
-            except KernelError as error:
+            except (KernelError, RuntimeError) as error:  # a kernel may build here and still fail to start
                 notes[op] = str(error)
             else:
                 errors[op] += map(relative_error, out, reference)
@@ -38,14 +38,27 @@ def self_test(ops=("torch", "chunked", "cpu"), device="cpu") -> list[SelfTest]:
             SelfTest(op, max(found), max(found) <= bar, "") for op, found in errors.items()]
 
 
-def realistic_inputs(B, T, H, N, *, version=7, wide=False) -> list[torch.Tensor]:
+def try_out(wkv) -> None:
+    """One step of time, forward and backward, on the current GPU. wkv: takes what `wkv7` takes. Raises KernelError
+    where it fails: a kernel that was built for another GPU, or for a newer driver, shows it when it is started."""
+    inputs = [x.requires_grad_() for x in realistic_inputs(1, 1, 1, 64, device="cuda")]
+    try:
+        y, _ = wkv(*inputs)
+        y.sum().backward()
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        raise KernelError(f"the kernels were built, but do not run on this GPU: {error}", where="op",
+                          fix="00_check shows driver, torch and compiler; another op may work") from None
+
+
+def realistic_inputs(B, T, H, N, *, version=7, wide=False, device="cpu") -> list[torch.Tensor]:
     """Random inputs of `wkv7`, `wkv6` or `wkv5` and a state, float32, with the statistics of its models: for
     WKV-7 w = -softplus(-x) - 0.5, a = -kk of unit norm, b = kk x gate. wide: w from -10 to 8, decays from 1 to 0."""
-    r, k, v, x, kk, gate = torch.randn(6, B, T, H, N).unbind()
-    w = torch.empty(B, T, H, N).uniform_(-10, 8) if wide else -F.softplus(-x) - 0.5 if version == 7 else x - 3
+    r, k, v, x, kk, gate = torch.randn(6, B, T, H, N, device=device).unbind()
+    w = torch.empty_like(x).uniform_(-10, 8) if wide else -F.softplus(-x) - 0.5 if version == 7 else x - 3
     kk = F.normalize(kk, dim=-1)
-    rest = [-kk, kk * gate.sigmoid()] if version == 7 else [torch.randn(H, N)]
-    return [r, w[0, 0] if version == 5 else w, k, v, *rest, torch.randn(B, H, N, N)]
+    rest = [-kk, kk * gate.sigmoid()] if version == 7 else [torch.randn(H, N, device=device)]
+    return [r, w[0, 0] if version == 5 else w, k, v, *rest, torch.randn(B, H, N, N, device=device)]
 
 
 def outputs_and_grads(fn, inputs, upstream, dtype, **kwargs) -> list[torch.Tensor]:

@@ -7,12 +7,14 @@ Tested on a CPU by Triton's interpreter. Not yet run on a GPU.
 
 from __future__ import annotations
 
-import functools
+import threading
 
 import torch
 
 from ..errors import KernelError
+from .build import remembered
 from .reference import at_every_step
+from .selftest import try_out
 
 try:
     import triton
@@ -22,14 +24,31 @@ except ImportError:
 
 SAVE = 16  # steps between two saved states
 ROWS = 16  # value channels of one forward program
+WARPS = 8  # of a backward program: with Triton's usual four, registers would spill
+
+_lock = threading.Lock()
 
 
 @torch.compiler.assume_constant_result
 def load() -> None:
-    """Registers the operators that torch.compile can hold, once. Raises KernelError where triton is missing."""
+    """Registers the operators that torch.compile can hold, once, and tries them where there is a GPU. Raises
+    KernelError where triton is missing or does not work."""
+    with _lock:
+        _load_once()
+
+
+@remembered
+def _load_once() -> None:
     if triton is None:
         raise KernelError("triton is not installed", where="op", fix="pip install 'rwkv_nb[triton]'")
     _register()
+    if torch.cuda.is_available():
+        try_out(wkv7)
+
+
+def takes(head_size: int) -> bool:
+    """Whether heads of so many channels can be computed."""
+    return head_size >= 16 and head_size & (head_size - 1) == 0
 
 
 def wkv7(r, w, k, v, a, b, state=None):
@@ -49,7 +68,7 @@ def wkv5(r, w, k, v, u, state=None):
 
 def _run(r, w, k, v, a, b, state):
     B, _, H, N = r.shape
-    if N < 16 or N & (N - 1):
+    if not takes(N):
         raise KernelError(f'op "triton" takes heads of 16, 32, 64, … channels, not {N}', where="op",
                           fix='use op "chunked"')
     if state is None:
@@ -60,7 +79,6 @@ def _run(r, w, k, v, a, b, state):
     return y, last
 
 
-@functools.cache
 def _register() -> None:
     """r, w, k, v [B,T,H,N] and, for WKV-7, a and b like them; for WKV-6 a is u [H,N] and b None, its gradient empty."""
     for name, work, fake, more, results in (("", _forward_pass, _outputs, "Tensor state, bool keep", 3),
@@ -74,9 +92,15 @@ def _register() -> None:
 
 def _keep_for_backward(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:6], output[2])
+    ctx.set_materialize_grads(False)
 
 
 def _backward_of(ctx, dy, dlast, _):
+    r, (B, _, H, N) = ctx.saved_tensors[0], ctx.saved_tensors[0].shape
+    if dy is None and dlast is None:
+        return (None,) * 8
+    dy = torch.zeros_like(r) if dy is None else dy
+    dlast = r.new_zeros(B, H, N, N, dtype=torch.float32) if dlast is None else dlast
     *grads, db, dstate = torch.ops.rwkv_nb.wkv_triton_backward(*ctx.saved_tensors, dy, dlast)
     return *grads, db if ctx.saved_tensors[5] is not None else None, dstate, None
 
@@ -107,7 +131,8 @@ def _backward_pass(r, w, k, v, a, b, saved, dy, dlast):
     *grads, db, dstate = _gradients(r, w, k, v, a, b, saved, dy, dlast)
     du, scratch = saved.new_empty(B, H, N), saved.new_empty(B * H, SAVE, N, N)
     _backward[B * H,](*inputs, saved, dy.contiguous(), dlast.contiguous(), *grads[:4],
-                      *((grads[4], db) if delta else (du, du)), dstate, scratch, T, H, N, SAVE, delta)
+                      *((grads[4], db) if delta else (du, du)), dstate, scratch, T, H, N, SAVE, delta,
+                      num_warps=WARPS)
     return *grads[:4], grads[4] if delta else du.sum(0).to(a.dtype), db, dstate
 
 

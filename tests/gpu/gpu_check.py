@@ -30,6 +30,7 @@ import importlib
 import json
 import platform
 import re
+import subprocess
 import sys
 import time
 import traceback
@@ -47,12 +48,23 @@ def machine(device: str) -> dict:
         return {"device": "cpu", "torch": torch.__version__}
     card = torch.cuda.get_device_properties(0)
     return {"device": card.name, "memory_gb": round(card.total_memory / 1e9), "sm": f"{card.major}{card.minor}",
-            "torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version()}
+            "torch": torch.__version__, "cuda": torch.version.cuda, "driver": _driver(),
+            "python": platform.python_version()}
+
+
+def _driver() -> str:
+    said = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True,
+                          text=True)
+    return said.stdout.partition("\n")[0].strip()
 
 
 def earlier(path: Path, here: dict) -> dict:
-    """The results of an earlier run on the same machine: {case: result}."""
-    lines = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
+    """The results of an earlier run on the same machine: {case: result}. Half a line, of a run that was cut, goes."""
+    if not path.exists():
+        return {}
+    whole = "".join(line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n"))
+    path.write_text(whole)
+    lines = map(json.loads, whole.splitlines())
     return {line["case"]: line["result"] for line in lines if line["machine"] == here and "error" not in line["result"]}
 
 

@@ -36,6 +36,7 @@ def cases(options):
             yield f"long: WKV-{version} {op}", functools.partial(_right, version, op, torch.float32, "cuda", (4096,))
             yield f"graph: WKV-{version} {op}", functools.partial(_graph, version, op)
             yield f"compile: WKV-{version} {op}", functools.partial(_compiled, version, op)
+            yield f"texts: WKV-{version} {op}", functools.partial(_texts, version, op)
 
 
 def _times(version, op, options):
@@ -50,10 +51,10 @@ def _times(version, op, options):
 def table(results) -> str:
     lines = ["| | largest error | bar |", "|---|---|---|"]
     for name, result in results.items():
-        if name.startswith(("right", "long")) and "largest" in result:
+        if "largest" in result:
             lines.append(f"| {name} | {result['largest']:.1e} at {result['where']} | {result['bar']:.0e} |")
-    lines += ["", "| time, bf16 | forward ms | forward + backward ms | peak GB |", "|---|---|---|---|"]
-    lines += [f"| {name[6:]} | {r['forward_ms']} | {r['both_ms']} | {r['peak_gb']} |"
+    lines += ["", "| time, bf16 | forward ms | forward + backward ms | kernels alone ms | peak GB |", "|---" * 5 + "|"]
+    lines += [f"| {name[6:]} | {r['forward_ms']} | {r['both_ms']} | {r['kernels_ms']} | {r['peak_gb']} |"
               for name, r in results.items() if name.startswith("time") and "both_ms" in r]
     return "\n".join(lines)
 
@@ -72,7 +73,7 @@ def _right(version, op, dtype, device, lengths) -> dict:
     found = []
     shapes = [(2, 3, T) for T in lengths] + ([(8, 64, 33)] if device == "cuda" and len(lengths) > 1 else [])
     for (B, H, T), with_state in itertools.product(shapes, (True, False)):
-        *inputs, state = (x.to(device) for x in realistic_inputs(B, T, H, 64, version=version, wide=not with_state))
+        *inputs, state = realistic_inputs(B, T, H, 64, version=version, wide=not with_state, device=device)
         inputs = [x.to(dtype) for x in inputs] + [state if with_state else None]
         upstream = torch.randn(B, T, H, 64, device=device).to(dtype), torch.randn(B, H, 64, 64, device=device)
         reference = outputs_and_grads(WKV[version], inputs, upstream, torch.float64, op="torch")
@@ -87,8 +88,7 @@ def _right(version, op, dtype, device, lengths) -> dict:
 
 
 def _leaves(version, B, T, H, device, dtype=torch.bfloat16):
-    inputs = [x.to(device, dtype) for x in realistic_inputs(B, T, H, 64, version=version)[:-1]]
-    return [x.requires_grad_() for x in inputs]
+    return [x.to(dtype).requires_grad_() for x in realistic_inputs(B, T, H, 64, version=version, device=device)[:-1]]
 
 
 def _both(way, leaves, dy):
@@ -126,6 +126,17 @@ def _compiled(version, op) -> dict:
     return {"ok": all(torch.allclose(x, y, atol=1e-2) for x, y in zip(_both(whole, leaves, dy), expected, strict=True))}
 
 
+def _texts(version, op) -> dict:
+    """Rows of several texts, as dataload "pack" makes them, against each text alone."""
+    leaves, starts = _leaves(version, 2, 500, 4, "cuda", torch.float32), torch.rand(2, 500) < 0.02
+    starts[:, 0] = True
+    dy = torch.randn(2, 500, 4, 64, device="cuda")
+    found, expected = (_both(functools.partial(WKV[version], state=starts, op=name), leaves, dy)
+                       for name in (op, "torch"))
+    largest = max(((x - y).norm() / y.norm()).item() for x, y in zip(found, expected, strict=True))
+    return {"largest": largest, "where": f"{int(starts.sum())} texts", "bar": 2e-5, "ok": largest <= 2e-5}
+
+
 def _peers(version, file) -> dict:
     if not file:
         return {}
@@ -136,7 +147,11 @@ def _peers(version, file) -> dict:
 
 
 def _time(version, way, size, device) -> dict:
-    """Median times, after a warm-up, of as many rounds as fit into two seconds each; peak memory of both."""
+    """Median times, after a warm-up, of as many rounds as fit into two seconds each; peak memory of both; and on a GPU
+    what its kernels alone take, without what a small call costs the CPU."""
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     B, T, H = size
     leaves = _leaves(version, B, T, H, device)
     dy = torch.randn(B, T, H, 64, device=device, dtype=torch.bfloat16)
@@ -144,12 +159,22 @@ def _time(version, way, size, device) -> dict:
     def forward():
         with torch.no_grad():
             way(*leaves)
-    result = {"forward_ms": _median(forward, device), "both_ms": _median(lambda: _both(way, leaves, dy), device)}
-    peak = torch.cuda.max_memory_allocated() / 1e9 if device == "cuda" else 0
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        torch.cuda.empty_cache()
-    return result | {"peak_gb": round(peak, 2)}
+
+    def both():
+        _both(way, leaves, dy)
+    result = {"forward_ms": _median(forward, device), "both_ms": _median(both, device)}
+    if device == "cpu":
+        return result | {"kernels_ms": None, "peak_gb": 0}
+    return result | {"kernels_ms": _kernels(both), "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2)}
+
+
+def _kernels(work, rounds=5) -> float:
+    """Milliseconds that the GPU's kernels of one round take together."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(rounds):
+            work()
+        torch.cuda.synchronize()
+    return round(sum(event.self_device_time_total for event in profile.key_averages()) / rounds / 1e3, 3)
 
 
 def _median(work, device) -> float:

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import torch
 from einops import rearrange
-from torch.utils.cpp_extension import load
+from torch.utils import cpp_extension
+
+from rwkv_nb.wkv.nvcc import find_nvcc
 
 SOURCES = Path(__file__).parents[2] / "build" / "RWKV-PEFT" / "cuda"
 CHUNK, LONGEST = 16, 4096
@@ -20,8 +22,10 @@ FLAGS = ("-res-usage", "--use_fast_math", "-O3", "-Xptxas -O3", "--extra-device-
 
 @functools.cache
 def _ops(name, *defines):
+    cpp_extension.CUDA_HOME = str(find_nvcc().root())  # torch's guess from PATH may be a script's folder
     files = [str(SOURCES / f"{name}_cuda.cu"), str(SOURCES / f"{name}_op.cpp")]
-    module = load(f"{name}_peer", files, is_python_module=name == "wkv6", extra_cuda_cflags=[*FLAGS, *defines])
+    module = cpp_extension.load(f"{name}_peer", files, is_python_module=name == "wkv6",
+                                extra_cuda_cflags=[*FLAGS, *defines])
     return module if name == "wkv6" else torch.ops.wind_backstepping
 
 

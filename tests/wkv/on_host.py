@@ -84,7 +84,8 @@ def check_what_is_kept():
         with FakeTensorMode():
             *told, state = [torch.empty(x.shape, device="cuda") for x in inputs]
             assert getattr(torch.ops.rwkv_nb, f"wkv{version}")(*told, state, True)[2].shape == kept.shape
-            fakes = getattr(torch.ops.rwkv_nb, f"wkv{version}")(*told, torch.empty(5, dtype=torch.long, device="cuda"), True)
+            borders = torch.empty(5, dtype=torch.long, device="cuda")
+            fakes = getattr(torch.ops.rwkv_nb, f"wkv{version}")(*told, borders, True)
             assert [x.shape for x in fakes] == [x.shape for x in of_texts]
         assert kept.nbytes / (2 * 1024 * 3) == 1024 + 256 * (version == 7)
 

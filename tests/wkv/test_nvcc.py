@@ -23,8 +23,8 @@ ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
 NVCC = nvcc.find_nvcc()
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc here")
 
-# Chunks of 16 steps: lengths around their ends. 128 heads and more take another kernel than fewer. Backward's time is in
-# pieces of a chunk or, where there are more than 32 heads, of some.
+# Chunks of 16 steps: lengths around their ends. 128 heads and more take another kernel than fewer. Backward's time is
+# in pieces, of a chunk each or, where there are many heads, of more.
 CASES = [
     *({"version": v, "T": T, "B": 2 if T < 60 else 1, "state": T != 16, "wide": T % 2 == 0}
       for v in (7, 6, 5) for T in (1, 8, 15, 16, 17, 64, 257)),
@@ -91,7 +91,7 @@ def test_a_missing_barrier_is_seen(folder):
     unsafe = Path(shutil.copytree(CUDA, folder / "unsafe"))
     source = unsafe / "wkv_values.cuh"
     whole = source.read_text()
-    source.write_text(whole.replace("    __syncthreads();\n    if (i + 1 < chunks) fetch", "    if (i + 1 < chunks) fetch"))
+    source.write_text(whole.replace("    __syncthreads();\n    if (i + 1 < chunks)", "    if (i + 1 < chunks)"))
     assert source.read_text() != whole
     result, = on_host(compile_on_host(folder, unsafe), [{"version": 7, "T": 40}])
     assert result["y"] > 1e-3
