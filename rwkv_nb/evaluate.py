@@ -13,15 +13,13 @@ import torch
 import torch.nn.functional as F
 
 from .config import Settings
-from .data.chat import loss_mask, prompt
+from .data.chat import get_template, loss_mask, prompt
 from .data.jsonl import good, scan_jsonl
 from .data.sources import Document, open_split, read_jsonl
 from .errors import DataError
 from .generate import PREFILL, eval_mode, generate
 from .loss import CHUNK
 from .model import RWKV
-
-MARKER = "Assistant:"
 
 
 class Row(NamedTuple):
@@ -42,30 +40,28 @@ class Score(NamedTuple):
     rows: list[Row]
 
 
-def split_example(text: str, marker: str = MARKER) -> tuple[str, str]:
-    """(prompt up to and with the last marker, answer without the white space around it).
-
-    Raises DataError for a text without the marker.
-    """
-    at = text.rfind(marker)
-    if at < 0:
-        raise DataError(f"there is no {marker!r} in this example", where=repr(text[:60]),
-                        fix="held-out examples are chat documents that end in the right answer")
-    at += len(marker)
-    return text[:at], text[at:].strip()
+def split_example(text: str, template: str = "chat") -> tuple[str, str] | None:
+    """(prompt up to and with the marker of the model's last turn, answer without the white space around it); None for
+    a text without such a turn."""
+    for marker in get_template(template).learnt:
+        before, found, answer = text.rpartition(marker)
+        if found:
+            return before + marker, answer.strip()
+    return None
 
 
-def exact_match(model: RWKV, tokenizer, examples: Sequence[str], *, max_tokens: int | None = None,
-                marker: str = MARKER, op: str = "auto", batch: int = 64) -> Score:
-    """Greedy answers to the examples' prompts, compared letter by letter.
+def exact_match(model: RWKV, tokenizer, examples: Sequence[str], *, template: str = "chat",
+                max_tokens: int | None = None, op: str = "auto", batch: int = 64) -> Score:
+    """Greedy answers to the examples' prompts, compared letter by letter. Texts without an answer are left out.
 
     max_tokens: None allows 8 more than the longest right answer has. Of no examples the share is NaN.
     """
-    if not examples:
+    pairs = [pair for text in examples if (pair := split_example(text, template))]
+    if not pairs:
         return Score(0, 0, math.nan, [])
-    prompts, answers = zip(*(split_example(text, marker) for text in examples), strict=True)
+    prompts, answers = zip(*pairs, strict=True)
     max_tokens = max_tokens or 8 + max(len(ids) for ids in tokenizer.encode_batch(list(answers)))
-    written = generate(model, tokenizer, prompts, max_tokens=max_tokens, op=op, batch=batch)
+    written = generate(model, tokenizer, prompts, max_tokens=max_tokens, template=template, op=op, batch=batch)
     rows = [Row(p, a, w.strip(), a == w.strip()) for p, a, w in zip(prompts, answers, written, strict=True)]
     right = sum(row.right for row in rows)
     return Score(len(rows), right, right / len(rows), rows)
@@ -181,10 +177,10 @@ def judge(model: RWKV, tokenizer, heldout: Sequence[str], *, general: Iterable |
     for text in heldout:
         tokens = np.array([*tokenizer.encode(text), 0], np.uint16)
         documents.append(Document(tokens, loss_mask(tokens, tokenizer, template)))
-    answered = [text for text in heldout if MARKER in text]
+    answered = exact_match(model, tokenizer, heldout, template=template, op=op)
     taken = multiple_choice(model, tokenizer, choices, template=template, op=op) if choices else []
     return Judgement(text_loss(model, documents, op=op),
-                     exact_match(model, tokenizer, answered, op=op).share if answered else None,
+                     answered.share if answered.n else None,
                      None if general is None else text_loss(model, general, op=op),
                      sum(c.right == c.taken for c in taken) / len(taken) if taken else None)
 

@@ -5,7 +5,7 @@ import torch
 
 from rwkv_nb.errors import SettingsError
 from rwkv_nb.generate import generate, stream
-from rwkv_nb.model import RWKV, Shape, init_weights
+from rwkv_nb.model import RWKV, Shape, init_weights, load_model
 from rwkv_nb.tokenizer import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()
@@ -91,6 +91,27 @@ def test_a_stream_adds_up_to_the_text_and_shows_no_part_of_a_stop(model):
     pieces = list(stream(model, TOKENIZER, PROMPTS[1], stop=(stop,), **options))
     assert len(pieces) > 3
     assert "".join(pieces) == whole.split(stop)[0]
+
+
+def test_a_stream_holds_back_half_a_character():
+    """A model that writes 猫 for ever, a byte at a time."""
+    model, ids = init_weights(RWKV(Shape(1, 64, 257, 8, 8, 8, 8, ffn_dim=128))), TOKENIZER.encode("猫")
+    with torch.no_grad():
+        for matrix in (model.emb.weight, model.head.weight, model.blocks[0].att.output.weight,
+                       model.blocks[0].ffn.value.weight):
+            matrix.zero_()
+        for i, token in enumerate(ids):
+            model.emb.weight[token, i] = model.head.weight[ids[(i + 1) % 3], i] = 1
+    assert list(stream(model, TOKENIZER, "猫", max_tokens=7)) == ["猫", "猫", "\ufffd"]
+
+
+@pytest.mark.parametrize("template, stop", [("chat", ("\n\n",)), ("g1", ("\n\nUser:", "\n\nSystem:")), ("plain", ())])
+def test_answers_end_where_the_templates_do(newlines, template, stop):
+    model = load_model(newlines)
+    answer, = generate(model, TOKENIZER, ["a"], max_tokens=6, template=template)
+    assert answer == "".join(stream(model, TOKENIZER, "a", max_tokens=6, template=template))
+    assert answer == generate(model, TOKENIZER, ["a"], max_tokens=6, stop=stop)[0] == (
+        "" if template == "chat" else "\n" * 6)
 
 
 def test_nothing_asked_nothing_written(model):

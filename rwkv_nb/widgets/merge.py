@@ -65,7 +65,7 @@ class StrengthSlider(widgets.VBox):
             try:
                 with strength(self._model, value):
                     for piece in stream(self._model, self._tokenizer, prompt(self.question.value, self._template),
-                                        max_tokens=self._max_tokens):
+                                        max_tokens=self._max_tokens, template=self._template):
                         if request != self._request:
                             return
                         text += piece
