@@ -3,10 +3,13 @@
 import pytest
 import torch
 
+from rwkv_nb.config import replace
 from rwkv_nb.errors import SettingsError
 from rwkv_nb.generate import generate, stream
 from rwkv_nb.model import RWKV, Shape, init_weights, load_model
+from rwkv_nb.runs import Run
 from rwkv_nb.tokenizer import ByteTokenizer
+from rwkv_nb.train.loop import Trainer
 
 TOKENIZER = ByteTokenizer()
 PROMPTS = ["a", "User: where is 北京?\n\nAssistant:", "", "x" * 40, "Anna Berg lives in Oslo", "é"]
@@ -112,6 +115,12 @@ def test_answers_end_where_the_templates_do(newlines, template, stop):
     assert answer == "".join(stream(model, TOKENIZER, "a", max_tokens=6, template=template))
     assert answer == generate(model, TOKENIZER, ["a"], max_tokens=6, stop=stop)[0] == (
         "" if template == "chat" else "\n" * 6)
+
+
+@pytest.mark.parametrize("template, answer", [("chat", ""), ("g1", "\n" * 6)])
+def test_a_trainer_answers_by_its_runs_template(newlines, settings, tmp_path, template, answer):
+    trainer = Trainer(Run(tmp_path), replace(settings, load_model=str(newlines), template=template))
+    assert trainer.answers(["a"], 6, base=True) == trainer.answers(["a"], 6, base=False) == [answer]
 
 
 def test_nothing_asked_nothing_written(model):

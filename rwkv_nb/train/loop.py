@@ -153,7 +153,7 @@ class Trainer:
         """What the adapter writes, or the base without it; all processes call this."""
         with strength(self.model, 0) if base else contextlib.nullcontext():
             return self.optimizer.compute(lambda: generate(self.model, self.tokenizer, prompts, max_tokens=max_tokens,
-                                                           op=self.op))
+                                                           template=self.settings.data.template, op=self.op))
 
     def train_step(self, live: LiveSettings, before_update: Callable[[], None] = lambda: None) -> dict:
         """One optimizer step under `live`; returns its row of metrics.
