@@ -1,8 +1,5 @@
 """How well a model does: held-out answers right to the letter, loss on text, multiple choice."""
 
-from __future__ import annotations
-
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -131,33 +128,34 @@ def multiple_choice(model: RWKV, tokenizer, path: str | Path, *, template: str =
     Likeliest: the highest sum of log-probabilities, each answer behind the question as the template puts it.
     Raises DataError, with file and line, for a row of another form.
     """
-    rows = [json.loads(text) for _, text in good(scan_jsonl(Path(path), _choice_row), path)]
+    rows = [row for _, row in good(scan_jsonl(Path(path), _choice_row), path)]
     documents, space = [], "" if template == "plain" else " "
-    for row in rows:
-        asked = tokenizer.encode(prompt(row["question"], template)) or [0]
-        for choice in row["choices"]:
+    for question, choices, _ in rows:
+        asked = tokenizer.encode(prompt(question, template)) or [0]
+        for choice in choices:
             answer = tokenizer.encode(space + choice)
-            documents.append(Document(np.array(asked + answer, np.uint16),
-                                      np.arange(len(asked) + len(answer)) >= len(asked)))
+            trained = np.repeat([False, True], [len(asked), len(answer)])
+            documents.append(Document(np.array(asked + answer, np.uint16), trained))
     losses = iter(document_losses(model, documents, op=op))
     out = []
-    for row in rows:
-        each = [next(losses)[0] for _ in row["choices"]]
-        out.append(Choice(row["question"], row["choices"], row["answer"], each.index(min(each))))
+    for question, choices, right in rows:
+        each = [next(losses)[0] for _ in choices]
+        out.append(Choice(question, choices, right, each.index(min(each))))
     return out
 
 
-def _choice_row(row) -> str:
-    """A row as JSON with the answer's index. Raises DataError (`what` only) for another form."""
+def _choice_row(row) -> tuple[str, list[str], int]:
+    """(question, choices, the right one's index). Raises DataError (`what` only) for a row of another form."""
     choices = row.get("choices") if isinstance(row, dict) else None
     fine = isinstance(choices, list) and len(choices) > 1 and all(isinstance(c, str) and c for c in choices)
     if not fine or not isinstance(row.get("question"), str):
         raise DataError('a row is {"question": "…", "choices": ["…", "…"], "answer": 0}')
     answer = row.get("answer")
-    answer = choices.index(answer) if answer in choices else answer
+    if answer in choices:
+        answer = choices.index(answer)
     if type(answer) is not int or not 0 <= answer < len(choices):
         raise DataError(f"the answer {answer!r} is neither one of the choices nor its index, from 0")
-    return json.dumps({"question": row["question"], "choices": choices, "answer": answer})
+    return row["question"], choices, answer
 
 
 class Judgement(NamedTuple):
@@ -179,10 +177,11 @@ def judge(model: RWKV, tokenizer, heldout: Sequence[str], *, general: Iterable |
         documents.append(Document(tokens, loss_mask(tokens, tokenizer, template)))
     answered = exact_match(model, tokenizer, heldout, template=template, op=op)
     taken = multiple_choice(model, tokenizer, choices, template=template, op=op) if choices else []
-    return Judgement(text_loss(model, documents, op=op),
-                     answered.share if answered.n else None,
-                     None if general is None else text_loss(model, general, op=op),
-                     sum(c.right == c.taken for c in taken) / len(taken) if taken else None)
+    return Judgement(
+        heldout_loss=text_loss(model, documents, op=op),
+        exact=answered.share if answered.n else None,
+        general_loss=None if general is None else text_loss(model, general, op=op),
+        choices=sum(c.right == c.taken for c in taken) / len(taken) if taken else None)
 
 
 def heldout_texts(path: str | Path, settings: Settings, tokenizer) -> list[str]:
@@ -213,7 +212,7 @@ def judgement_table(judged: Mapping[str, Judgement]) -> str:
 
 def _padded(documents: Sequence, device) -> tuple[torch.Tensor, torch.Tensor]:
     """inputs, targets int64 [B,T]; a target that is padding or masked out is -1."""
-    longest = max(2, *(len(document.tokens) for document in documents), 2)
+    longest = max(2, *(len(document.tokens) for document in documents))
     inputs, targets = torch.zeros(2, len(documents), longest - 1, dtype=torch.int64)
     targets -= 1
     for row, (tokens, mask) in enumerate(documents):

@@ -29,7 +29,7 @@ from ..runs import atomic_path, write_text
 from ..tokenizer import get_tokenizer
 from ..words import duration_text
 from .binidx import pair, write_index
-from .jsonl import DEFAULTS, Problem, good, row_writer, scan_lines
+from .jsonl import DEFAULTS, Problem, raise_problem, row_writer, scan_lines
 from .sources import find_data_file
 
 BLOCK = 4 << 20  # bytes of text in one piece of work
@@ -77,7 +77,7 @@ def jsonl_to_binidx(path: str | Path, prefix: str | Path, tokenizer, progress: C
             work = functools.partial(_encode, tokenizer=tokenizer.name if workers > 1 else tokenizer, data=data)
             for encoded, offset in _in_order(_blocks(file, block), work, workers):
                 if isinstance(encoded, Problem):
-                    next(good(iter([encoded._replace(line=encoded.line + part.lines)]), path))
+                    raise_problem(encoded._replace(line=part.lines + encoded.line), path)
                 part.add(encoded, offset)
                 if progress:
                     speed = (offset - first) / max(time.monotonic() - began, 1e-9)
