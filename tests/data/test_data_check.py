@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from token_files import write_binidx
 
 from rwkv_nb.config import DataSettings
-from rwkv_nb.data.binidx import write_binidx
 from rwkv_nb.data.check import check_data, mend_jsonl
 from rwkv_nb.data.jsonl import likely_encoding
 from rwkv_nb.data.sources import read_jsonl
