@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import SettingsError
 from ..model import fingerprint, load_model, load_weights, read_shape, save_weights
 from ..model.checkpoint import check_keys
-from ..model.streaming import Progress, cast
+from ..model.streaming import Progress, cast, unseen
 from ..runs import check_disk, check_output
 from .adapter import Adapter, apply_adapter, check_adapter, combine, load_adapter
 
@@ -65,7 +65,7 @@ class Proof:
 
 def merge(base_path: str | Path, adapter_path: str | Path | Sequence[str | Path], out_path: str | Path, *,
           strength: float | Sequence[float] = 1.0, dtype: torch.dtype | None = None, lora_alpha: float | None = None,
-          prove: bool = True, allow_other_base: bool = False, progress: Progress | None = None) -> Proof | None:
+          prove: bool = True, allow_other_base: bool = False, progress: Progress = unseen) -> Proof | None:
     """Write the base with one adapter or several in it as one .pth; returns what was proved of the written file.
 
     strength: one for all adapters, or one each; -1 takes an adapter out of a file that was merged with it
