@@ -1,7 +1,5 @@
 """A talk with a model, turn by turn: all that is kept is its state, so memory and time a token stay as they are."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 
