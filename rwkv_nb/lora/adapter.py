@@ -19,7 +19,7 @@ from ..errors import AdapterError, CheckpointError, SettingsError
 from ..model.ai00 import read_safetensors
 from ..model.checkpoint import misfits
 from ..model.shape import Shape
-from ..runs import write_bytes
+from ..runs import Run, write_bytes
 from .foreign import CONFIG, PICKLED, check_alpha, read_foreign
 from .layers import attach, endings, lora_layers, matching
 from .meta import Adapter, AdapterMeta
@@ -56,14 +56,17 @@ def save_adapter(path: str | Path, model: nn.Module, meta: AdapterMeta) -> None:
 
 
 def load_adapter(path: str | Path, lora_alpha: float | None = None) -> Adapter:
-    """Read an adapter: ours, RWKV-PEFT's .pth, or a file or folder of Hugging Face's peft library.
+    """Read an adapter: ours, the last one of a run's folder, RWKV-PEFT's .pth, or a file or folder of Hugging Face's
+    peft library.
 
     lora_alpha: required for a file that does not say its own; another than the file says is refused.
-    Raises AdapterError for one that is absent, cut off, damaged or of another kind.
+    Raises AdapterError for one that is absent, cut off, damaged or of another kind, RunError for a run that has none.
     """
     path = Path(path)
-    if not (path.is_file() or (path / CONFIG).is_file()):
+    if not path.exists():
         raise AdapterError("there is no such file", where=path, fix="train first, or check the adapter's path")
+    if path.is_dir() and not (path / CONFIG).is_file():
+        path = Run(path).last_adapter()
     if path.is_dir() or path.suffix in PICKLED:
         return read_foreign(path, lora_alpha)
     try:
