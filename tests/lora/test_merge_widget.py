@@ -12,7 +12,8 @@ from rwkv_nb.generate import generate
 from rwkv_nb.lora.layers import lora_layers, strength
 from rwkv_nb.lora.merge import merge
 from rwkv_nb.tokenizer import ByteTokenizer, get_tokenizer
-from rwkv_nb.widgets.merge import Bar, StrengthSlider, score_figure
+from rwkv_nb.widgets.common import Bar
+from rwkv_nb.widgets.merge import StrengthSlider, score_figure
 from rwkv_nb.widgets.plots import png
 
 BYTES = get_tokenizer("byte")
