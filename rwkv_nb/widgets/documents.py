@@ -73,7 +73,7 @@ def groups(document: Document, tokenizer) -> Iterator[Group]:
     """A document's tokens, those that hold parts of one character together."""
     ids, trained = [], False
     for token, mask in zip(document.tokens.tolist(), document.mask.tolist(), strict=True):
-        if ids and (0 in (token, *ids) or not _cut(b"".join(tokenizer.table[i] for i in ids))):
+        if ids and (token == 0 or ids == [0] or not _cut(b"".join(tokenizer.table[i] for i in ids))):
             yield Group(ids, tokenizer.decode(ids), trained)
             ids, trained = [], False
         ids, trained = [*ids, token], trained or mask

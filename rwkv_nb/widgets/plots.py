@@ -201,7 +201,8 @@ def _smoothed(x: np.ndarray, y: np.ndarray, steps: float | None) -> tuple[np.nda
     """Means under a Gaussian window (it does not lag behind), of bins' means where there are many points."""
     if len(x) > _MOST_POINTS:
         starts = _bins(len(x))
-        steps = steps and steps * len(starts) / len(x)
+        if steps is not None:
+            steps *= len(starts) / len(x)
         x, y = x[starts], np.add.reduceat(y, starts) / np.diff(starts, append=len(y))
     if not len(x):
         return x, y

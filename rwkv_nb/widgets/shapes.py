@@ -71,7 +71,8 @@ def parts(shape: Shape, lora: LoraSettings | None = None) -> list[Part]:
     keys: dict[str, list[str]] = {name: [] for name in _PARTS}
     sizes, adds = shape.key_shapes(), _lora_params(shape, lora)
     for key in sizes:
-        keys[next(name for name, (_, pattern) in _PARTS.items() if re.fullmatch(pattern, key))].append(key)
+        role = next(name for name, (_, pattern) in _PARTS.items() if re.fullmatch(pattern, key))
+        keys[role].append(key)
     return [Part(name, _PARTS[name][0], tuple(dict.fromkeys(sizes[k] for k in mine)), len(mine),
                  sum(math.prod(sizes[k]) for k in mine), sum(adds.get(k, 0) for k in mine))
             for name, mine in keys.items() if mine]
@@ -138,11 +139,10 @@ def rank_figure(sizes: Mapping[str, Shape], chosen: str, lora: LoraSettings) -> 
     ranks = sorted({*RANKS, lora.r})
     for name, shape in sizes.items():
         counts = [lora_params(shape, config.replace(lora, r=r)) for r in ranks]
-        mine = name == chosen
-        axes.plot(ranks, counts, color=COLOURS[1] if mine else TICK, lw=2.6 if mine else 0.9, zorder=3 if mine else 2)
+        colour, width, weight = (COLOURS[1], 2.6, "bold") if name == chosen else (TICK, 0.9, "normal")
+        axes.plot(ranks, counts, color=colour, lw=width, zorder=3 if name == chosen else 2)
         axes.annotate(name if len(name) < 12 else name[:11] + "…", (ranks[-1], counts[-1]), xytext=(5, -3),
-                      textcoords="offset points", fontsize=8.5, color=COLOURS[1] if mine else TICK,
-                      weight="bold" if mine else "normal", annotation_clip=False)
+                      textcoords="offset points", fontsize=8.5, color=colour, weight=weight, annotation_clip=False)
     here, total = lora_params(sizes[chosen], lora), sizes[chosen].n_params()
     axes.plot([lora.r], [here], "o", ms=8, color=COLOURS[1], zorder=4)
     axes.set_title(f"{chosen}, r {lora.r}: {number_text(here)} trained, {here / total:.2%} of the base",
