@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .data.chat import get_template
+from .data.chat import Template, get_template
 from .errors import SettingsError
 from .model import RWKV, State
 from .model.token7 import TokenSteps
@@ -33,7 +33,7 @@ class Sampling(NamedTuple):
                                 where="generate", fix="temperature ≥ 0 (0 takes the likeliest token), 0 < top_p ≤ 1")
 
 
-def generate(model: RWKV, tokenizer, prompts: Sequence[str], *, max_tokens: int, template: str = "chat",
+def generate(model: RWKV, tokenizer, prompts: Sequence[str], *, max_tokens: int, template: str | Template = "chat",
              stop: Sequence[str] | None = None, seed: int = 0, op: str = "auto", batch: int = 64, **sampling
              ) -> list[str]:
     """What the model writes after each prompt, in the prompts' order.
@@ -54,7 +54,7 @@ def generate(model: RWKV, tokenizer, prompts: Sequence[str], *, max_tokens: int,
     return [row.text for row in rows]
 
 
-def stream(model: RWKV, tokenizer, prompt: str | list[int], *, max_tokens: int, template: str = "chat",
+def stream(model: RWKV, tokenizer, prompt: str | list[int], *, max_tokens: int, template: str | Template = "chat",
            stop: Sequence[str] | None = None, seed: int = 0, op: str = "auto", state: State | None = None, **sampling
            ) -> Iterator[str]:
     """The same for one prompt (text or ids), yielded in pieces of whole characters as they come.

@@ -59,12 +59,14 @@ TEMPLATES = {template.name: template for template in (
 )}
 
 
-def get_template(name: str) -> Template:
-    """The template of that name. Raises SettingsError for an unknown one."""
-    if name not in TEMPLATES:
-        raise SettingsError(f"there is no template {name!r}", where="template",
+def get_template(template: str | Template) -> Template:
+    """The template of that name, or the given one itself. Raises SettingsError for an unknown name."""
+    if isinstance(template, Template):
+        return template
+    if template not in TEMPLATES:
+        raise SettingsError(f"there is no template {template!r}", where="template",
                             fix=f"use one of {', '.join(TEMPLATES)}")
-    return TEMPLATES[name]
+    return TEMPLATES[template]
 
 
 def mask_template(data: DataSettings) -> Template:
@@ -103,7 +105,7 @@ def loss_mask(tokens: np.ndarray, tokenizer, template: str | Template = "chat") 
     A token is trained where its first byte is. The 0 that closes a document belongs to the last turn: it is
     trained behind an assistant's turn (the answer ends here), not behind a user's.
     """
-    template = get_template(template) if isinstance(template, str) else template
+    template = get_template(template)
     mask = np.ones(len(tokens), dtype=bool)
     if template.learnt:
         ends = [*(np.flatnonzero(tokens == 0) + 1), len(tokens)]  # a 0 inside begins a new text
@@ -125,7 +127,7 @@ def _mask_of_one(tokens: np.ndarray, tokenizer, template: Template) -> np.ndarra
 
 def prompt(text: str, template: str | Template = "chat") -> str:
     """A user's text as the model is asked. Runs of newlines become one: a blank line would end the turn."""
-    template = get_template(template) if isinstance(template, str) else template
+    template = get_template(template)
     if template.learnt:
         text = _one_turn(text)
     return template.question.replace("{text}", text)
