@@ -1,7 +1,5 @@
 """What this machine has for fine-tuning, line by line, each good or with its mend. Notebook 00 shows it."""
 
-from __future__ import annotations
-
 import html
 import importlib.metadata
 import os
@@ -39,21 +37,28 @@ class Report(tuple[Finding, ...]):
         return not any(f.mend and f.needed for f in self)
 
     def __repr__(self) -> str:
-        width = max(len(f.name) for f in self)
-        return "\n".join(f"{_mark(f)} {f.name:{width}}  {f.found}" + (f"\n  {'':{width}}  → {f.mend}" if f.mend else "")
-                         for f in self)
+        lines, width = [], max(len(f.name) for f in self)
+        for f in self:
+            lines.append(f"{_mark(f)} {f.name:{width}}  {f.found}")
+            if f.mend:
+                lines.append(f"  {'':{width}}  → {f.mend}")
+        return "\n".join(lines)
 
     def _repr_html_(self) -> str:
         colours = {"✓": "#188038", "✗": "#c5221f", "!": "#b06000"}
-        rows = "".join(
-            f'<tr style="text-align:left"><td style="color:{colours[_mark(f)]};font-weight:bold">{_mark(f)}</td>'
-            f'<td style="text-align:left">{html.escape(f.name)}</td><td style="text-align:left">{html.escape(f.found)}'
-            + (f"<br>→ <b>{html.escape(f.mend)}</b>" if f.mend else "") + "</td></tr>" for f in self)
-        return f"<table>{rows}</table>"
+        rows = []
+        for f in self:
+            mend = f"<br>→ <b>{html.escape(f.mend)}</b>" if f.mend else ""
+            rows.append(f'<tr style="text-align:left"><td style="color:{colours[_mark(f)]};font-weight:bold">{_mark(f)}'
+                        f'</td><td style="text-align:left">{html.escape(f.name)}</td>'
+                        f'<td style="text-align:left">{html.escape(f.found)}{mend}</td></tr>')
+        return f"<table>{''.join(rows)}</table>"
 
 
 def _mark(finding: Finding) -> str:
-    return "✓" if not finding.mend else "✗" if finding.needed else "!"
+    if not finding.mend:
+        return "✓"
+    return "✗" if finding.needed else "!"
 
 
 def check_machine(folder: str | Path = ".", *, disk_gb: float = 2, memory_gb: float = 2) -> Report:
@@ -77,16 +82,17 @@ def _packages() -> Iterator[Finding]:
         except importlib.metadata.PackageNotFoundError:
             version = "not installed"
         fits = version[0].isdigit() and requirement.specifier.contains(version, prereleases=True)
-        yield Finding(requirement.name, version, "" if fits else f"{requirement.specifier} is needed: run `make lab`, "
-                                                                 "which installs it")
+        mend = "" if fits else f"{requirement.specifier} is needed: run `make lab`, which installs it"
+        yield Finding(requirement.name, version, mend)
 
 
 def _system(folder: Path) -> Finding:
-    wsl = "microsoft" in platform.release().lower()
-    slow = wsl and folder.is_relative_to("/mnt")
-    return Finding("System", f"{platform.system()} {platform.machine()}" + (", WSL" if wsl else ""),
-                   "this folder is on the Windows drive, slow from WSL: clone into your Linux home" if slow else "",
-                   needed=False)
+    found, mend = f"{platform.system()} {platform.machine()}", ""
+    if "microsoft" in platform.release().lower():
+        found += ", WSL"
+        if folder.is_relative_to("/mnt"):
+            mend = "this folder is on the Windows drive, slow from WSL: clone into your Linux home"
+    return Finding("System", found, mend, needed=False)
 
 
 def _cores() -> Finding:
@@ -112,13 +118,16 @@ def _gpu() -> Finding:
     if torch.cuda.is_available():
         driver = _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-        return Finding("GPU", "; ".join(f"{card.name}, {card.total_memory / 1e9:.0f} GB" for card in cards)
-                       + (f"; driver {driver}" if driver else ""))
+        found = [f"{card.name}, {card.total_memory / 1e9:.0f} GB" for card in cards]
+        if driver:
+            found.append(f"driver {driver}")
+        return Finding("GPU", "; ".join(found))
     there = _first_line("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
     if not there:
         return Finding("GPU", "none: the CPU is used")
-    why = "this torch is a build for the CPU: install one for CUDA" if torch.version.cuda is None else \
-        f"torch is built for CUDA {torch.version.cuda}: update the driver, or install a torch for an older CUDA"
+    why = "this torch is a build for the CPU: install one for CUDA"
+    if torch.version.cuda:
+        why = f"torch is built for CUDA {torch.version.cuda}: update the driver, or install a torch for an older CUDA"
     return Finding("GPU", f"{there} is here, but torch cannot use it", why, needed=False)
 
 
@@ -132,11 +141,13 @@ def _compiler() -> Finding:
 
 def _nvcc() -> Finding:
     """The CUDA compiler, and whether it comes from the system, conda or pip."""
-    nvcc, gpu = find_nvcc(), torch.cuda.is_available()
+    nvcc = find_nvcc()
     if nvcc:
         return Finding("CUDA compiler", f"nvcc {nvcc.version}, from {nvcc.source}")
-    return Finding("CUDA compiler", "none: slower kernels are used" if gpu else "none, and no GPU that needs one",
-                   "pip install 'rwkv_nb[cuda]' · conda install -c conda-forge cuda-nvcc" if gpu else "", needed=False)
+    if not torch.cuda.is_available():
+        return Finding("CUDA compiler", "none, and no GPU that needs one", needed=False)
+    return Finding("CUDA compiler", "none: slower kernels are used",
+                   "pip install 'rwkv_nb[cuda]' · conda install -c conda-forge cuda-nvcc", needed=False)
 
 
 def _kernels() -> Iterator[Finding]:

@@ -3,8 +3,6 @@
 Flags are made from the settings' fields (config.py), so that their text is written once.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
@@ -12,7 +10,6 @@ import shlex
 import signal
 import sys
 import time
-from pathlib import Path
 
 from . import __version__, compat, config
 from .config import DataSettings, LoraSettings, Settings
@@ -128,10 +125,11 @@ def parser() -> argparse.ArgumentParser:
 
 def _add_flag(parser, field) -> None:
     text, default = field.metadata, field.default
-    kind = {"type": type(default)} if not isinstance(default, tuple) else {"nargs": "+"}
     unit = f" [{text['unit']}]" if text["unit"] else ""
-    if text["aliases"]:
-        kind["type"] = lambda word: text["aliases"].get(word, word)
+    if isinstance(default, tuple):
+        kind = {"nargs": "+"}
+    else:
+        kind = {"type": config.grad_cp_word if field.name == "grad_cp" else type(default)}
     parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, choices=text["choices"] or None,
                         metavar=None if text["choices"] else field.name.upper(),
                         help=f"{text['en']}{unit} (default: {default})".replace("%", "%%"), **kind)
@@ -148,24 +146,22 @@ def _peft_config(text: str) -> dict:
     return values
 
 
-def settings_from(flags: dict) -> tuple[Run, Settings]:
-    """The run and its settings from parsed flags. Raises SettingsError where proj_dir is missing."""
-    if not flags.get("proj_dir"):
-        raise SettingsError("proj_dir is not given", where="--proj_dir", fix="name a folder for the run's files")
-    run = Run(flags["proj_dir"])
-    start = Settings() if {"load_model", "data_file"} <= set(flags) else run.settings()
-    return run, config.replace(start, **flags)
+def settings_from(arguments: argparse.Namespace) -> tuple[Run, Settings]:
+    """The run and its settings from train's parsed arguments: preset, flags, peft_config, of which the later counts.
 
-
-def flags_of(arguments: argparse.Namespace) -> dict:
-    """The settings among parsed arguments, peft_config's among them. Raises SettingsError where both say different."""
+    Raises SettingsError where proj_dir is missing, or flags and peft_config say different.
+    """
     known, lora = config.field_names(Settings()), arguments.peft_config or {}
     flags = {name: value for name, value in vars(arguments).items() if name in known}
     for name in lora:
         if flags.get(name, lora[name]) != lora[name]:
             raise SettingsError(f"{name} is {flags[name]} and, in peft_config, {lora[name]}", where=name,
                                 fix="give it once")
-    return config.PRESETS.get(arguments.preset, {}) | flags | lora
+    if not flags.get("proj_dir"):
+        raise SettingsError("proj_dir is not given", where="--proj_dir", fix="name a folder for the run's files")
+    run = Run(flags["proj_dir"])
+    start = Settings() if {"load_model", "data_file"} <= set(flags) else run.settings()
+    return run, config.replace(start, **config.PRESETS.get(arguments.preset, {}) | flags | lora)
 
 
 def _settings(arguments) -> int:
@@ -179,8 +175,10 @@ def _settings(arguments) -> int:
 
 
 def _import(arguments) -> int:
-    flags = flags_of(parser().parse_args(["train", *compat.read_script(arguments.script)]))
-    run, settings = settings_from(flags | ({"proj_dir": arguments.proj_dir} if arguments.proj_dir else {}))
+    asked = parser().parse_args(["train", *compat.read_script(arguments.script)])
+    if arguments.proj_dir:
+        asked.proj_dir = arguments.proj_dir
+    run, settings = settings_from(asked)
     config.check_together(settings)
     run.save_settings(settings)
     print(f"wrote {run.settings_file}\nopen it in notebook 03_train_lora with RUN = {str(run.folder)!r} and "
@@ -194,8 +192,9 @@ def _data(arguments) -> tuple:
     from .tokenizer import get_tokenizer
 
     data = config.replace(DataSettings(), **{k: v for k, v in vars(arguments).items() if hasattr(DataSettings, k)})
-    rows = read_shape(load_weights(arguments.load_model)).vocab_size if arguments.load_model else None
-    return data, get_tokenizer("world" if (data.tokenizer, rows) == ("auto", None) else data.tokenizer, rows)
+    if arguments.load_model:
+        return data, get_tokenizer(data.tokenizer, read_shape(load_weights(arguments.load_model)).vocab_size)
+    return data, get_tokenizer("world" if data.tokenizer == "auto" else data.tokenizer)
 
 
 def _check_data(arguments) -> int:
@@ -204,21 +203,21 @@ def _check_data(arguments) -> int:
     data, tokenizer = _data(arguments)
     left_out = []
     if arguments.mend:
-        print(mended := mend_jsonl(data.data_file, arguments.mend, data))
+        mended = mend_jsonl(data.data_file, arguments.mend, data)
+        print(mended)
         data, left_out = config.replace(data, data_file=arguments.mend), mended.left_out
-    print(report := check_data(data, tokenizer))
-    return int(bool(report.problems or left_out))
+    report = check_data(data, tokenizer)
+    print(report)
+    return 1 if report.problems or left_out else 0
 
 
 def _convert(arguments) -> int:
     from .data.convert import jsonl_to_binidx
 
-    data, tokenizer = _data(arguments)
-
     def show(now) -> None:
-        if sys.stderr.isatty():
-            print(now, end="\n" if now.done == now.total else "  \r", file=sys.stderr, flush=True)
+        _line(str(now), last=now.done == now.total)
 
+    data, tokenizer = _data(arguments)
     count = jsonl_to_binidx(data.data_file, arguments.prefix, tokenizer, show, data=data)
     print(f"{arguments.prefix}.bin and .idx: {count:,} documents of {tokenizer.name} tokens")
     return 0
@@ -227,22 +226,25 @@ def _convert(arguments) -> int:
 def _train(arguments) -> int:
     from .train.launch import session_for
 
-    run, settings = settings_from(flags_of(arguments))
+    run, settings = settings_from(arguments)
     session = session_for(run, settings, start=arguments.start, ask=False).start()
     before = signal.signal(signal.SIGTERM, lambda *_: session.stop())  # how a cluster says that time is up
     shown, said = 0.0, 0
     try:
         while not (now := session.snapshot()).done:
             said = _say(now, said)
-            if now.rows and time.monotonic() - shown > (1 if sys.stderr.isatty() else 10):
-                shown = time.monotonic()
-                print(_progress(now), end="\r" if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)
+            if now.rows:
+                _line(_progress(now))
+                if not sys.stderr.isatty() and time.monotonic() - shown > 10:
+                    shown = time.monotonic()
+                    print(_progress(now), file=sys.stderr, flush=True)
             time.sleep(0.2)
     except KeyboardInterrupt:
         print("\nstopping: saving what there is …", file=sys.stderr)
         session.stop()
     end = session.join()
     signal.signal(signal.SIGTERM, before)
+    _line("")
     _say(end, said)
     print(f"{_progress(end)}\n{end.status}; the run is in {run.folder}")
     return 0
@@ -261,7 +263,7 @@ def _progress(now) -> str:
     left = "" if now.seconds_left is None else f" · {duration_text(now.seconds_left)} left"
     last = steps[-1]
     return (f"step {now.step}/{now.total_steps} · loss {last['loss']:.4f} · lr {last['lr']:.2e} · "
-            f"{last['tokens_per_s']:.0f} tokens/s{left}  ")
+            f"{last['tokens_per_s']:.0f} tokens/s{left}")
 
 
 def _merge(arguments) -> int:
@@ -269,8 +271,8 @@ def _merge(arguments) -> int:
     from .model import DTYPES
 
     strength = arguments.strength if len(arguments.strength) > 1 else arguments.strength[0]
-    proof = merge(arguments.load_model, [_adapter(path) for path in arguments.adapter], arguments.output,
-                  strength=strength, dtype=DTYPES.get(arguments.dtype), lora_alpha=arguments.lora_alpha,
+    proof = merge(arguments.load_model, arguments.adapter, arguments.output, strength=strength,
+                  dtype=DTYPES.get(arguments.dtype), lora_alpha=arguments.lora_alpha,
                   allow_other_base=arguments.other_base, progress=_bar)
     print(proof)
     return 0 if proof.ok else 1
@@ -280,7 +282,7 @@ def _export(arguments) -> int:
     from .export import EXPORTS
 
     alpha = {} if arguments.lora_alpha is None else {"lora_alpha": arguments.lora_alpha}
-    print(EXPORTS[arguments.to](_adapter(arguments.input), arguments.output, progress=_bar, **alpha))
+    print(EXPORTS[arguments.to](arguments.input, arguments.output, progress=_bar, **alpha))
     return 0
 
 
@@ -291,16 +293,14 @@ def _get(arguments) -> int:
     return 0
 
 
-def _adapter(path: str) -> Path:
-    """A run's folder means its last adapter; peft's folder is an adapter itself."""
-    folder = Path(path)
-    return Run(folder).last_adapter() if folder.is_dir() and not (folder / "adapter_config.json").exists() else folder
-
-
 def _bar(done: int, total: int) -> None:
+    _line(f"{done / total:4.0%} {'█' * round(40 * done / total):40}", last=done == total)
+
+
+def _line(text: str, *, last: bool = False) -> None:
+    """On a terminal, a line that the next one takes the place of, unless it is the last."""
     if sys.stderr.isatty():
-        end = "\n" if done == total else "\r"
-        print(f"{done / total:4.0%} {'█' * round(40 * done / total):40}", end=end, file=sys.stderr, flush=True)
+        print(f"\x1b[K{text}", end="\n" if last else "\r", file=sys.stderr, flush=True)
 
 
 def _run(arguments) -> int:

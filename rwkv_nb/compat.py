@@ -1,7 +1,5 @@
 """RWKV-PEFT's run_lora.sh and flags, for people who come from there."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import re
@@ -67,10 +65,11 @@ def _whole_lines(path: Path) -> Iterator[tuple[int, str]]:
         raise SettingsError("this script is not UTF-8", where=path, fix="save it as UTF-8 in a text editor") from error
     began, text = 1, ""
     for number, line in enumerate(lines, 1):
-        began, more = began if text else number, line.rstrip().endswith("\\")
+        if not text:
+            began = number
         if not (text and line.lstrip().startswith("#")):
             text += line.rstrip().removesuffix("\\") + " "
-        if not more:
+        if not line.rstrip().endswith("\\"):
             yield began, text
             text = ""
     yield began, text

@@ -4,9 +4,6 @@ A field's text is written once, here, in English and Chinese; tooltips, `--help`
 documentation are made from it. Names are the tutorial's own (`--micro_bsz`, `--lr_init`, …).
 """
 
-from __future__ import annotations
-
-import dataclasses
 from dataclasses import dataclass
 
 from .errors import SettingsError
@@ -149,7 +146,7 @@ class TrainSettings:
         "none", "gradient checkpointing: block keeps only each block's input and computes the rest again in backward, "
         "selective keeps the results of WKV too; 0 and 1 mean none and block",
         "梯度检查点:block 最省显存但更慢,selective 另存 WKV 结果,none 最快;0 和 1 即 none 和 block",
-        choices=("none", "selective", "block"), aliases=(("0", "none"), ("1", "block")))
+        choices=("none", "selective", "block"))
     quant: str = option("none", "how the frozen linears of attention and FFN are held; int8 and nf4 need bitsandbytes",
                         "冻结线性层的存储精度;int8、nf4 需安装 bitsandbytes", choices=("none", "int8", "nf4"))
     quant_double: int = option(1, "nf4: 1 holds the scales of its blocks in 8 bits too", "nf4 双重量化",
@@ -206,10 +203,12 @@ class TrainSettings:
                                        "保存断点的间隔(秒)", unit="seconds", low=0)
 
     def __post_init__(self):
-        for f in dataclasses.fields(self):
-            value = str(getattr(self, f.name))
-            if value in f.metadata.get("aliases", ()):
-                object.__setattr__(self, f.name, f.metadata["aliases"][value])
+        object.__setattr__(self, "grad_cp", grad_cp_word(self.grad_cp))
+
+
+def grad_cp_word(value):
+    """grad_cp in our words, where it is RWKV-PEFT's 0 or 1."""
+    return {"0": "none", "1": "block"}.get(str(value), value)
 
 
 # What each preset sets; quant is chosen beside it. small: the least memory of a GPU, at the cost of speed.
@@ -234,31 +233,31 @@ def check_together(settings: Settings) -> None:
     t = settings.train
     zero = t.devices * t.num_nodes > 1 and t.strategy.startswith("deepspeed")
     parted = zero and t.strategy.startswith("deepspeed_stage_3")
-    for wrong, name, what, fix in (
-        (t.decay_steps and t.lr_schedule != "wsd", "decay_steps", "decay_steps belongs to lr_schedule wsd",
-         "set lr_schedule to wsd, or decay_steps to 0"),
-        (t.truncated_bptt and not t.chunk_ctx, "truncated_bptt", "truncated_bptt belongs to chunk_ctx",
-         "set chunk_ctx, for instance to 1024"),
-        (t.chunk_ctx and settings.data.dataload == "pack", "chunk_ctx", "packed documents are not cut into chunks",
-         "set dataload to split, or chunk_ctx to 0"),
-        (t.precision == "tf32" and t.accelerator == "cpu", "precision", "tf32 is a GPU's arithmetic",
-         "use fp32 or bf16 on a CPU"),
-        (t.live.lr_end and t.live.lr_end <= t.warmup_steps, "lr_end", "the schedule ends before the warm-up does",
-         "raise lr_end or lower warmup_steps"),
-        (t.node_rank >= t.num_nodes, "node_rank", f"node_rank {t.node_rank} of {t.num_nodes} machines",
-         "machines count from 0"),
-        (t.num_nodes > 1 and not t.master_addr, "master_addr", "several machines need an address to meet at",
-         "give machine 0's address and a free port, like 10.0.0.1:29500"),
-        (zero and t.adam_state != "fp32", "adam_state", f"DeepSpeed keeps AdamW's averages in fp32, not {t.adam_state}",
-         "set adam_state to fp32, or strategy to ddp"),
-        (parted and t.quant != "none" or parted and t.quant_head, "quant",
-         "stage 3 shares out plain weights, not quantised ones", "use deepspeed_stage_2 or ddp, or leave quant out"),
-        (parted and t.emb_cpu, "emb_cpu", "stage 3 holds the embedding with the rest",
-         "leave emb_cpu out; deepspeed_stage_3_offload keeps all weights in the host's memory"),
-        (parted and t.chunk_ctx, "chunk_ctx", "under stage 3 all processes compute in step, chunks differ between them",
-         "use deepspeed_stage_2 or ddp"),
-        (parted and settings.lora.train_parts, "train_parts", "stage 3 trains adapters alone",
-         "use deepspeed_stage_2 or ddp"),
-    ):
+
+    def refuse(wrong, name: str, what: str, fix: str) -> None:
         if wrong:
             raise SettingsError(what, where=name, fix=fix)
+
+    refuse(t.decay_steps and t.lr_schedule != "wsd", "decay_steps", "decay_steps belongs to lr_schedule wsd",
+           "set lr_schedule to wsd, or decay_steps to 0")
+    refuse(t.truncated_bptt and not t.chunk_ctx, "truncated_bptt", "truncated_bptt belongs to chunk_ctx",
+           "set chunk_ctx, for instance to 1024")
+    refuse(t.chunk_ctx and settings.data.dataload == "pack", "chunk_ctx", "packed documents are not cut into chunks",
+           "set dataload to split, or chunk_ctx to 0")
+    refuse(t.live.lr_end and t.live.lr_end <= t.warmup_steps, "lr_end", "the schedule ends before the warm-up does",
+           "raise lr_end or lower warmup_steps")
+    refuse(t.node_rank >= t.num_nodes, "node_rank", f"node_rank {t.node_rank} of {t.num_nodes} machines",
+           "machines count from 0")
+    refuse(t.num_nodes > 1 and not t.master_addr, "master_addr", "several machines need an address to meet at",
+           "give machine 0's address and a free port, like 10.0.0.1:29500")
+    refuse(zero and t.adam_state != "fp32", "adam_state",
+           f"DeepSpeed keeps AdamW's averages in fp32, not {t.adam_state}",
+           "set adam_state to fp32, or strategy to ddp")
+    refuse(parted and (t.quant != "none" or t.quant_head), "quant",
+           "stage 3 shares out plain weights, not quantised ones", "use deepspeed_stage_2 or ddp, or leave quant out")
+    refuse(parted and t.emb_cpu, "emb_cpu", "stage 3 holds the embedding with the rest",
+           "leave emb_cpu out; deepspeed_stage_3_offload keeps all weights in the host's memory")
+    refuse(parted and t.chunk_ctx, "chunk_ctx",
+           "under stage 3 all processes compute in step, chunks differ between them", "use deepspeed_stage_2 or ddp")
+    refuse(parted and settings.lora.train_parts, "train_parts", "stage 3 trains adapters alone",
+           "use deepspeed_stage_2 or ddp")

@@ -1,8 +1,5 @@
 """How well a model does: held-out answers right to the letter, loss on text, multiple choice."""
 
-from __future__ import annotations
-
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,15 +10,13 @@ import torch
 import torch.nn.functional as F
 
 from .config import Settings
-from .data.chat import loss_mask, prompt
+from .data.chat import get_template, loss_mask, prompt
 from .data.jsonl import good, scan_jsonl
 from .data.sources import Document, open_split, read_jsonl
 from .errors import DataError
 from .generate import PREFILL, eval_mode, generate
 from .loss import CHUNK
 from .model import RWKV
-
-MARKER = "Assistant:"
 
 
 class Row(NamedTuple):
@@ -42,30 +37,28 @@ class Score(NamedTuple):
     rows: list[Row]
 
 
-def split_example(text: str, marker: str = MARKER) -> tuple[str, str]:
-    """(prompt up to and with the last marker, answer without the white space around it).
-
-    Raises DataError for a text without the marker.
-    """
-    at = text.rfind(marker)
-    if at < 0:
-        raise DataError(f"there is no {marker!r} in this example", where=repr(text[:60]),
-                        fix="held-out examples are chat documents that end in the right answer")
-    at += len(marker)
-    return text[:at], text[at:].strip()
+def split_example(text: str, template: str = "chat") -> tuple[str, str] | None:
+    """(prompt up to and with the marker of the model's last turn, answer without the white space around it); None for
+    a text without such a turn."""
+    for marker in get_template(template).learnt:
+        before, found, answer = text.rpartition(marker)
+        if found:
+            return before + marker, answer.strip()
+    return None
 
 
-def exact_match(model: RWKV, tokenizer, examples: Sequence[str], *, max_tokens: int | None = None,
-                marker: str = MARKER, op: str = "auto", batch: int = 64) -> Score:
-    """Greedy answers to the examples' prompts, compared letter by letter.
+def exact_match(model: RWKV, tokenizer, examples: Sequence[str], *, template: str = "chat",
+                max_tokens: int | None = None, op: str = "auto", batch: int = 64) -> Score:
+    """Greedy answers to the examples' prompts, compared letter by letter. Texts without an answer are left out.
 
     max_tokens: None allows 8 more than the longest right answer has. Of no examples the share is NaN.
     """
-    if not examples:
+    pairs = [pair for text in examples if (pair := split_example(text, template))]
+    if not pairs:
         return Score(0, 0, math.nan, [])
-    prompts, answers = zip(*(split_example(text, marker) for text in examples), strict=True)
+    prompts, answers = zip(*pairs, strict=True)
     max_tokens = max_tokens or 8 + max(len(ids) for ids in tokenizer.encode_batch(list(answers)))
-    written = generate(model, tokenizer, prompts, max_tokens=max_tokens, op=op, batch=batch)
+    written = generate(model, tokenizer, prompts, max_tokens=max_tokens, template=template, op=op, batch=batch)
     rows = [Row(p, a, w.strip(), a == w.strip()) for p, a, w in zip(prompts, answers, written, strict=True)]
     right = sum(row.right for row in rows)
     return Score(len(rows), right, right / len(rows), rows)
@@ -135,33 +128,34 @@ def multiple_choice(model: RWKV, tokenizer, path: str | Path, *, template: str =
     Likeliest: the highest sum of log-probabilities, each answer behind the question as the template puts it.
     Raises DataError, with file and line, for a row of another form.
     """
-    rows = [json.loads(text) for _, text in good(scan_jsonl(Path(path), _choice_row), path)]
+    rows = [row for _, row in good(scan_jsonl(Path(path), _choice_row), path)]
     documents, space = [], "" if template == "plain" else " "
-    for row in rows:
-        asked = tokenizer.encode(prompt(row["question"], template)) or [0]
-        for choice in row["choices"]:
+    for question, choices, _ in rows:
+        asked = tokenizer.encode(prompt(question, template)) or [0]
+        for choice in choices:
             answer = tokenizer.encode(space + choice)
-            documents.append(Document(np.array(asked + answer, np.uint16),
-                                      np.arange(len(asked) + len(answer)) >= len(asked)))
+            trained = np.repeat([False, True], [len(asked), len(answer)])
+            documents.append(Document(np.array(asked + answer, np.uint16), trained))
     losses = iter(document_losses(model, documents, op=op))
     out = []
-    for row in rows:
-        each = [next(losses)[0] for _ in row["choices"]]
-        out.append(Choice(row["question"], row["choices"], row["answer"], each.index(min(each))))
+    for question, choices, right in rows:
+        each = [next(losses)[0] for _ in choices]
+        out.append(Choice(question, choices, right, each.index(min(each))))
     return out
 
 
-def _choice_row(row) -> str:
-    """A row as JSON with the answer's index. Raises DataError (`what` only) for another form."""
+def _choice_row(row) -> tuple[str, list[str], int]:
+    """(question, choices, the right one's index). Raises DataError (`what` only) for a row of another form."""
     choices = row.get("choices") if isinstance(row, dict) else None
     fine = isinstance(choices, list) and len(choices) > 1 and all(isinstance(c, str) and c for c in choices)
     if not fine or not isinstance(row.get("question"), str):
         raise DataError('a row is {"question": "…", "choices": ["…", "…"], "answer": 0}')
     answer = row.get("answer")
-    answer = choices.index(answer) if answer in choices else answer
+    if answer in choices:
+        answer = choices.index(answer)
     if type(answer) is not int or not 0 <= answer < len(choices):
         raise DataError(f"the answer {answer!r} is neither one of the choices nor its index, from 0")
-    return json.dumps({"question": row["question"], "choices": choices, "answer": answer})
+    return row["question"], choices, answer
 
 
 class Judgement(NamedTuple):
@@ -181,12 +175,13 @@ def judge(model: RWKV, tokenizer, heldout: Sequence[str], *, general: Iterable |
     for text in heldout:
         tokens = np.array([*tokenizer.encode(text), 0], np.uint16)
         documents.append(Document(tokens, loss_mask(tokens, tokenizer, template)))
-    answered = [text for text in heldout if MARKER in text]
+    answered = exact_match(model, tokenizer, heldout, template=template, op=op)
     taken = multiple_choice(model, tokenizer, choices, template=template, op=op) if choices else []
-    return Judgement(text_loss(model, documents, op=op),
-                     exact_match(model, tokenizer, answered, op=op).share if answered else None,
-                     None if general is None else text_loss(model, general, op=op),
-                     sum(c.right == c.taken for c in taken) / len(taken) if taken else None)
+    return Judgement(
+        heldout_loss=text_loss(model, documents, op=op),
+        exact=answered.share if answered.n else None,
+        general_loss=None if general is None else text_loss(model, general, op=op),
+        choices=sum(c.right == c.taken for c in taken) / len(taken) if taken else None)
 
 
 def heldout_texts(path: str | Path, settings: Settings, tokenizer) -> list[str]:
@@ -217,7 +212,7 @@ def judgement_table(judged: Mapping[str, Judgement]) -> str:
 
 def _padded(documents: Sequence, device) -> tuple[torch.Tensor, torch.Tensor]:
     """inputs, targets int64 [B,T]; a target that is padding or masked out is -1."""
-    longest = max(2, *(len(document.tokens) for document in documents), 2)
+    longest = max(2, *(len(document.tokens) for document in documents))
     inputs, targets = torch.zeros(2, len(documents), longest - 1, dtype=torch.int64)
     targets -= 1
     for row, (tokens, mask) in enumerate(documents):

@@ -1,7 +1,5 @@
 """Packages that only some of the work needs: imported when it comes to that."""
 
-from __future__ import annotations
-
 from importlib import import_module
 from types import ModuleType
 

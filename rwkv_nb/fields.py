@@ -3,8 +3,6 @@
 What is done with them here knows no field by name: check, change, read, write.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math
@@ -14,11 +12,9 @@ from typing import Any
 from .errors import SettingsError, did_you_mean
 
 
-def option(default: Any, en: str, zh: str, *, unit: str = "", choices: tuple = (), low=None, high=None,
-            aliases: tuple = ()):
-    """A documented dataclass field. low and high are inclusive bounds, in the field's unit. aliases: pairs of another
-    word for a choice, and the choice."""
-    text = {"en": en, "zh": zh, "unit": unit, "choices": choices, "low": low, "high": high, "aliases": dict(aliases)}
+def option(default: Any, en: str, zh: str, *, unit: str = "", choices: tuple = (), low=None, high=None):
+    """A documented dataclass field. low and high are inclusive bounds, in the field's unit."""
+    text = {"en": en, "zh": zh, "unit": unit, "choices": choices, "low": low, "high": high}
     return dataclasses.field(default=default, metadata=text)
 
 
@@ -26,7 +22,10 @@ def _leaves(settings) -> Iterator[tuple[dataclasses.Field, Any]]:
     """Each field that is no group of fields, with its value, in order."""
     for f in dataclasses.fields(settings):
         value = getattr(settings, f.name)
-        yield from _leaves(value) if dataclasses.is_dataclass(value) else [(f, value)]
+        if dataclasses.is_dataclass(value):
+            yield from _leaves(value)
+        else:
+            yield f, value
 
 
 def leaf_fields(settings) -> list[dataclasses.Field]:
@@ -36,7 +35,7 @@ def leaf_fields(settings) -> list[dataclasses.Field]:
 
 def field_names(settings) -> list[str]:
     """Names of all leaf fields of nested settings, in order."""
-    return [f.name for f, _ in _leaves(settings)]
+    return list(values(settings))
 
 
 def values(settings) -> dict[str, Any]:
@@ -51,12 +50,12 @@ def check(settings) -> None:
         if not _has_type_of(f.default, value):
             raise SettingsError(f"{f.name} is {value!r}", where=f.name, fix=f"give it a value like {f.default!r}")
         if rule["choices"] and value not in rule["choices"]:
-            near = did_you_mean(value, rule["choices"])
-            raise SettingsError(f"{f.name} cannot be {value!r}", where=f.name,
-                                fix=f"use one of {', '.join(map(str, rule['choices']))}{near and '; '}{near}")
-        if low is not None and value < low or high is not None and value > high:
-            bound = f"at least {low}" if value < low else f"at most {high}"
-            raise SettingsError(f"{f.name} is {value!r}", where=f.name, fix=f"it must be {bound}")
+            fixes = [f"use one of {', '.join(map(str, rule['choices']))}", did_you_mean(value, rule["choices"])]
+            raise SettingsError(f"{f.name} cannot be {value!r}", where=f.name, fix="; ".join(filter(None, fixes)))
+        if low is not None and value < low:
+            raise SettingsError(f"{f.name} is {value!r}", where=f.name, fix=f"it must be at least {low}")
+        if high is not None and value > high:
+            raise SettingsError(f"{f.name} is {value!r}", where=f.name, fix=f"it must be at most {high}")
 
 
 def _has_type_of(default, value) -> bool:
@@ -85,10 +84,11 @@ def replace(settings, **changes):
 
 
 def _replaced(settings, changes: dict):
-    own = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
-    return dataclasses.replace(settings, **{
-        name: _replaced(value, changes) if dataclasses.is_dataclass(value) else changes.get(name, value)
-        for name, value in own.items()})
+    new = {}
+    for f in dataclasses.fields(settings):
+        value = getattr(settings, f.name)
+        new[f.name] = _replaced(value, changes) if dataclasses.is_dataclass(value) else changes.get(f.name, value)
+    return dataclasses.replace(settings, **new)
 
 
 def to_json(settings) -> str:
@@ -110,5 +110,7 @@ def from_dict(cls, values: dict):
                                 fix=did_you_mean(name, known, f"known: {', '.join(known)}"))
         if dataclasses.is_dataclass(known[name]):
             value = from_dict(type(known[name]), value)
-        made[name] = tuple(value) if isinstance(known[name], tuple) and isinstance(value, list) else value
+        elif isinstance(known[name], tuple) and isinstance(value, list):
+            value = tuple(value)
+        made[name] = value
     return cls(**made)

@@ -1,7 +1,6 @@
 """Text from a model, token by token from a state: memory does not grow with the text."""
 
-from __future__ import annotations
-
+import codecs
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
@@ -10,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .data.chat import Template, get_template
 from .errors import SettingsError
 from .model import RWKV, State
 from .model.token7 import TokenSteps
@@ -18,19 +18,34 @@ PREFILL = 512  # tokens of a prompt that are read at once
 DECAY = 0.996  # of a penalty, a token (as in ChatRWKV): what was written long ago may come again
 
 
-def generate(model: RWKV, tokenizer, prompts: Sequence[str], *, max_tokens: int, temperature: float = 0.0,
-             top_p: float = 1.0, presence: float = 0.0, frequency: float = 0.0, stop: Sequence[str] = ("\n\n",),
-             seed: int = 0, op: str = "auto", batch: int = 64) -> list[str]:
+class Sampling(NamedTuple):
+    """How a token is chosen."""
+
+    temperature: float = 0.0    # 0 takes the likeliest token
+    top_p: float = 1.0          # sample from the likeliest tokens that hold this share
+    presence: float = 0.0       # taken off the logit of a token that was written already
+    frequency: float = 0.0      # and this for each time that it was
+
+    def check(self) -> None:
+        """Raise SettingsError for a value out of range."""
+        if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1:
+            raise SettingsError(f"temperature {self.temperature}, top_p {self.top_p} cannot be sampled with",
+                                where="generate", fix="temperature ≥ 0 (0 takes the likeliest token), 0 < top_p ≤ 1")
+
+
+def generate(model: RWKV, tokenizer, prompts: Sequence[str], *, max_tokens: int, template: str | Template = "chat",
+             stop: Sequence[str] | None = None, seed: int = 0, op: str = "auto", batch: int = 64, **sampling
+             ) -> list[str]:
     """What the model writes after each prompt, in the prompts' order.
 
     max_tokens: at most this many tokens each; token 0 or a stop text ends a row earlier (neither is returned)
-    temperature: 0 takes the likeliest token; top_p: sample from the likeliest tokens that hold this share
-    presence, frequency: taken off the logit of a token that was written already, once, and for each time
+    template: whose stop texts are taken, where none are given (chat's is a blank line)
     seed: row i draws from a generator of its own, seeded with seed + i, so `batch` changes nothing
-    batch: rows worked on at once. Raises SettingsError for a sampling value out of range.
+    batch: rows worked on at once; sampling: fields of Sampling. Raises SettingsError for a value out of range.
     """
-    how = Sampling(temperature, top_p, presence, frequency)
-    _check(how)
+    how = Sampling(**sampling)
+    how.check()
+    stop = get_template(template).stop if stop is None else stop
     rows = [_Row(prompt, tokenizer, seed + i, max_tokens, stop) for i, prompt in enumerate(prompts)]
     order = sorted(rows, key=lambda row: len(row.prompt)) if max_tokens > 0 else []
     for i in range(0, len(order), batch):
@@ -39,18 +54,19 @@ def generate(model: RWKV, tokenizer, prompts: Sequence[str], *, max_tokens: int,
     return [row.text for row in rows]
 
 
-def stream(model: RWKV, tokenizer, prompt: str | list[int], *, max_tokens: int, temperature: float = 0.0,
-           top_p: float = 1.0, presence: float = 0.0, frequency: float = 0.0, stop: Sequence[str] = ("\n\n",),
-           seed: int = 0, op: str = "auto", state: State | None = None) -> Iterator[str]:
+def stream(model: RWKV, tokenizer, prompt: str | list[int], *, max_tokens: int, template: str | Template = "chat",
+           stop: Sequence[str] | None = None, seed: int = 0, op: str = "auto", state: State | None = None, **sampling
+           ) -> Iterator[str]:
     """The same for one prompt (text or ids), yielded in pieces of whole characters as they come.
 
     state: what was read before the prompt (`read`); None starts a text.
     """
-    how = Sampling(temperature, top_p, presence, frequency)
-    _check(how)
+    how = Sampling(**sampling)
+    how.check()
+    stop = get_template(template).stop if stop is None else stop
     row, shown = _Row(prompt, tokenizer, seed, max_tokens, stop), 0
     for _ in _run(model, [row], how, op, state) if max_tokens > 0 else ():
-        sure = len(row.text) - (0 if row.done else row.possible_stop())
+        sure = len(row.text) if row.done else len(row.text) - row.possible_stop()
         if sure > shown:
             yield row.text[shown:sure]
             shown = sure
@@ -67,22 +83,14 @@ def read(model: RWKV, tokens: list[int] | Tensor, state: State | None = None, *,
     return hidden, state
 
 
-class Sampling(NamedTuple):
-    """How a token is chosen; see generate."""
-
-    temperature: float
-    top_p: float
-    presence: float
-    frequency: float
-
-
 class _Row:
     """One prompt, what was written after it, and whether that is finished."""
 
     def __init__(self, prompt: str | list[int], tokenizer, seed: int, max_tokens: int, stop: Sequence[str]):
         ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         self.prompt, self.written = ids or [0], {}  # 0 closes a document, so it opens one as well
-        self.streamer, self.text = tokenizer.streamer(), ""
+        self.table, self.text = tokenizer.table, ""
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # holds back half a character
         self.left, self.stop, self.done = max_tokens, tuple(stop), False
         self.random = torch.Generator().manual_seed(seed)
 
@@ -92,9 +100,9 @@ class _Row:
         before = len(self.text)
         if token:
             self.written[token] = self.written.get(token, 0.0) + 1
-            self.text += self.streamer.push(token)
+            self.text += self.decoder.decode(self.table[token])
         if self.done:
-            self.text += self.streamer.finish()
+            self.text += self.decoder.decode(b"", final=True)
         found = [at for s in self.stop if (at := self.text.find(s, max(0, before - len(s) + 1))) >= 0]
         if found:
             self.text, self.done = self.text[:min(found)], True
@@ -139,10 +147,16 @@ def _choose(logits: Tensor, rows: list[_Row], fed: int, how: Sampling) -> list[i
                 row.written[token] *= DECAY
             counts = torch.tensor(list(row.written.values()), device=own.device)
             own[list(row.written)] -= how.presence * (counts > 0) + how.frequency * counts
-    best = logits.argmax(-1).tolist() if how.temperature == 0 else [None] * len(rows)
-    return [row.prompt[fed] if fed < len(row.prompt) else
-            token if token is not None else _sample(logits[i].cpu(), row.random, how)
-            for i, (row, token) in enumerate(zip(rows, best, strict=True))]
+    likeliest = logits.argmax(-1).tolist() if how.temperature == 0 else None
+    chosen = []
+    for i, row in enumerate(rows):
+        if fed < len(row.prompt):
+            chosen.append(row.prompt[fed])
+        elif likeliest:
+            chosen.append(likeliest[i])
+        else:
+            chosen.append(_sample(logits[i].cpu(), row.random, how))
+    return chosen
 
 
 def _sample(logits: Tensor, random: torch.Generator, how: Sampling) -> int:
@@ -156,12 +170,6 @@ def _sample(logits: Tensor, random: torch.Generator, how: Sampling) -> int:
         top, tokens = p.sort(descending=True)
     top[1:][top.cumsum(0)[:-1] >= how.top_p] = 0
     return int(tokens[torch.multinomial(top, 1, generator=random)])
-
-
-def _check(how: Sampling) -> None:
-    if not 0 <= how.temperature < math.inf or not 0 < how.top_p <= 1:
-        raise SettingsError(f"temperature {how.temperature}, top_p {how.top_p} cannot be sampled with",
-                            where="generate", fix="temperature ≥ 0 (0 takes the likeliest token), 0 < top_p ≤ 1")
 
 
 @contextlib.contextmanager

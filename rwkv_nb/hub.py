@@ -1,7 +1,5 @@
 """Published base models by name, from the Hugging Face hub or a mirror of it."""
 
-from __future__ import annotations
-
 import contextlib
 import difflib
 import hashlib
@@ -63,8 +61,14 @@ def find(name: str, *, endpoint: str | None = None) -> Published:
         near = difflib.get_close_matches(name, models, 4, 0.3)
         raise CheckpointError(f"there is no {name!r} in {repo}", where=repo,
                               fix=f"there are {', '.join(near or sorted(models)[:4])}")
-    found = models[max(fits, key=lambda file: re.findall(r"-(20\d{6})", file)[-1:] or [""])]
+    found = models[max(fits, key=_date)]
     return Published(repo, found.rfilename, found.size or 0, found.lfs.sha256 if found.lfs else "")
+
+
+def _date(file: str) -> str:
+    """A file's date, like 20250307; "" where its name says none."""
+    found = re.search(r"-(20\d{6})", file)
+    return found[1] if found else ""
 
 
 def get(name: str, folder: str | Path = "models", *, endpoint: str | None = None, say: Callable[[str], None] = print,
@@ -79,9 +83,9 @@ def get(name: str, folder: str | Path = "models", *, endpoint: str | None = None
     from huggingface_hub.file_download import http_get  # hf_hub_download throws an interrupted download away
 
     found, folder = find(name, endpoint=endpoint), Path(folder)
-    path = folder / Path(found.file).name
+    path = part = folder / Path(found.file).name
     say(f"{found.file}: {bytes_text(found.size)}, from {found.repository} into {folder}")
-    if not (path.is_file() and path.stat().st_size == found.size):
+    if not path.is_file() or path.stat().st_size != found.size:
         folder.mkdir(parents=True, exist_ok=True)
         check_disk(found.size, path)
         part = path.with_name(f"{path.name}.part")
@@ -91,21 +95,20 @@ def get(name: str, folder: str | Path = "models", *, endpoint: str | None = None
                          expected_size=found.size, tqdm_class=_watched(progress) if progress else None)
         except Exception as error:  # as above
             raise _unreachable(name, found.repository, error) from error
-    else:
-        part = path
-    _check(part, found)
+    if found.sha256:
+        _check(part, found.sha256)
     part.rename(path)
-    say(f"{path}: checked")
+    say(f"{path}: checked" if found.sha256 else f"{path}: of the right size; the hub says no checksum")
     return path
 
 
-def _check(path: Path, found: Published) -> None:
+def _check(path: Path, sha256: str) -> None:
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if found.sha256 not in ("", digest):
+    if digest != sha256:
         with contextlib.suppress(OSError):
             path.unlink()
-        raise CheckpointError(f"its checksum is {digest[:16]}…, the hub says {found.sha256[:16]}…; it was removed",
+        raise CheckpointError(f"its checksum is {digest[:16]}…, the hub says {sha256[:16]}…; it was removed",
                               where=path, fix="get it again; if that does not help, use another mirror")
 
 

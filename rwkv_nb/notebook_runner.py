@@ -3,16 +3,14 @@
 `make run` and `rwkv-nb run` call it. A notebook runs as in JupyterLab: its own kernel, its own folder.
 """
 
-from __future__ import annotations
-
-import asyncio
 import contextlib
 import os
 import shutil
-import signal
 import sys
 import textwrap
+import threading
 import time
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
@@ -40,25 +38,23 @@ PRODUCTS = {
 }
 
 
-def run_notebooks(folder: str | Path = "notebooks", run_folder: str | Path | None = None,
-                  pattern: str = "0*.ipynb") -> int:
-    """Execute the notebooks that match `pattern`, in the order of their names; returns the exit code, 0 or 1.
+def run_notebooks(folder: str | Path = "notebooks") -> int:
+    """Execute the notebooks 0*.ipynb in the order of their names; returns the exit code, 0 or 1.
 
-    run_folder: where the notebooks leave their results; by default runs/quickstart beside `folder`. What an earlier
-    run left there is moved to a folder with its date. Raises RunError when there is no notebook, or when a training
-    run uses run_folder right now.
+    They leave their results in runs/quickstart beside `folder`; what an earlier run left there is moved to a folder
+    with its date. Raises RunError when there is no notebook, or when a training run is at work there right now.
     """
     folder = Path(folder).resolve()
-    run = Run(run_folder or folder.parent / "runs" / "quickstart")
-    notebooks = sorted(folder.glob(pattern))
+    run = Run(folder.parent / "runs" / "quickstart")
+    notebooks = sorted(folder.glob("0*.ipynb"))
     if not notebooks:
-        raise RunError("there are no notebooks here", where=folder / pattern,
+        raise RunError("there are no notebooks here", where=folder / "0*.ipynb",
                        fix="run it in the folder that was cloned, or name theirs with --notebooks")
     _set_aside(run)
     began = time.monotonic()
     for i, path in enumerate(notebooks, 1):
         print(f"[{i}/{len(notebooks)}] {path.stem}", flush=True)
-        if not asyncio.run(_Execution(path, run).execute()):
+        if not _execute(path, run):
             return 1
     print(f"\nAll {len(notebooks)} notebooks ran in {duration_text(time.monotonic() - began)}. What they made:")
     for pattern, meaning in PRODUCTS.items():
@@ -72,88 +68,97 @@ def _set_aside(run: Run) -> None:
     if not run.folder.exists():
         return
     with run.lock():
-        if not (made := [p for p in run.folder.iterdir() if p.name != ".lock"]):
+        made = [path for path in run.folder.iterdir() if path.name != ".lock"]
+        if not made:
             return
-        date = datetime.fromtimestamp(max(p.stat().st_mtime for p in made))
+        date = datetime.fromtimestamp(max(path.stat().st_mtime for path in made))
         kept = run.folder.rename(run.folder.with_name(f"{run.name}-{date:%Y-%m-%d-%H%M%S}"))
     print(f"An earlier run was here; it is kept in {os.path.relpath(kept)}\n", flush=True)
 
 
-class _Execution:
-    """One notebook on its way through a kernel of this environment, with a line on the terminal that says where it is;
-    in a file or pipe, with a line every 15 seconds."""
+def _execute(path: Path, run: Run) -> bool:
+    """Run one notebook in a kernel of this environment, save what ran, say how it went; True when every cell ran."""
+    notebook, copy = nbformat.read(path, as_version=4), run.folder / "notebooks" / path.name
+    client = NotebookClient(
+        notebook, kernel_name="python3", timeout=None, store_widget_state=False, record_timing=False,
+        shutdown_kernel="immediate", extra_arguments=["--log-level=CRITICAL"],
+        resources={"metadata": {"path": str(path.parent)}})
+    # Without folders to search, "python3" is this environment's Python, whatever kernels the user has installed.
+    client.create_kernel_manager().kernel_spec_manager = KernelSpecManager(kernel_dirs=[])
+    code = [(i, cell) for i, cell in enumerate(notebook.cells) if cell.cell_type == "code" and cell.source.strip()]
+    line, began, place, cell = _Line(), time.monotonic(), "cells", None
+    try:
+        with client.setup_kernel():
+            for number, (i, cell) in enumerate(code, 1):
+                place = f"cell {number} of {len(code)}"
+                with line.following(place, cell, run):
+                    client.execute_cell(cell, i)
+    except (CellExecutionError, DeadKernelError, KeyboardInterrupt) as error:
+        line.say("stopped" if isinstance(error, KeyboardInterrupt) else "failed", keep=True)
+        source = cell.source if cell else "(its kernel was starting)"
+        print(f"\n{path.name}, code {place}:\n\n{textwrap.indent(source, '    ')}\n\n"
+              f"{_reason(error)}\n\nThe cells above it ran; they and the whole traceback are in "
+              f"{os.path.relpath(copy)}\nTo try again cell by cell: make lab", file=sys.stderr, flush=True)
+        return False
+    finally:
+        write_text(copy, nbformat.writes(notebook) + "\n")
+    line.say(f"done in {duration_text(time.monotonic() - began)}", keep=True)
+    return True
 
-    def __init__(self, path: Path, run: Run):
-        self.path, self.run, self.copy = path, run, run.folder / "notebooks" / path.name
-        self.notebook = nbformat.read(path, as_version=4)
-        code = [i for i, cell in enumerate(self.notebook.cells) if cell.cell_type == "code" and cell.source.strip()]
-        self.numbers = {index: number for number, index in enumerate(code, 1)}   # as a person counts: code cells
-        self.number, self.cell, self.began, self.told = 0, None, 0.0, time.monotonic()
-        self.client = NotebookClient(
-            self.notebook, kernel_name="python3", timeout=None, store_widget_state=False, record_timing=False,
-            shutdown_kernel="immediate", extra_arguments=["--log-level=CRITICAL"],
-            resources={"metadata": {"path": str(path.parent)}},
-            on_cell_execute=self._cell_begins, on_cell_executed=self._cell_ended)
-        # Without folders to search, "python3" is this environment's Python, whatever kernels the user has installed.
-        self.client.create_kernel_manager().kernel_spec_manager = KernelSpecManager(kernel_dirs=[])
 
-    async def execute(self) -> bool:
-        """Execute, save what ran, say how it went; True when every cell ran."""
-        self.task, ticker, began = asyncio.current_task(), asyncio.create_task(self._tick()), time.monotonic()
-        try:
-            await self.client.async_execute()
-            self._say(f"done in {duration_text(time.monotonic() - began)}", keep=True)
-            return True
-        except (CellExecutionError, DeadKernelError) as error:
-            self._explain(error)
-            return False
-        finally:
-            ticker.cancel()
-            write_text(self.copy, nbformat.writes(self.notebook) + "\n")
+def _reason(error: BaseException) -> str:
+    if isinstance(error, CellExecutionError):
+        return f"{error.ename}: {error.evalue}"
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped by Ctrl-C"
+    return "its kernel died (out of memory is the usual reason)"
 
-    def _cell_begins(self, cell, cell_index, **_) -> None:
-        # In nbclient's own handler's place, which makes Ctrl-C look like a kernel that died by itself.
-        asyncio.get_running_loop().add_signal_handler(signal.SIGINT, self.task.cancel)
-        if cell_index in self.numbers:
-            self.number, self.cell, self.began = self.numbers[cell_index], cell, time.monotonic()
 
-    def _cell_ended(self, cell_index, **_) -> None:
-        if cell_index in self.numbers and time.monotonic() - self.began >= 5:
-            self._say(self._where(), keep=True)
+class _Line:
+    """A line on the terminal that says where a notebook is; in a file or pipe, a line every 15 seconds."""
 
-    async def _tick(self) -> None:
-        while True:
-            await asyncio.sleep(1)
-            if self.cell is not None:
-                self._say(self._where())
+    def __init__(self):
+        self._told = time.monotonic()
 
-    def _say(self, text: str, *, keep: bool = False) -> None:
+    def say(self, text: str, *, keep: bool = False) -> None:
+        """Put `text` in the place of what was said last; keep it: the next goes below."""
         if sys.stdout.isatty():
-            print(f"\r\x1b[K      {text[:shutil.get_terminal_size().columns - 8]}", end="\n" * keep, flush=True)
-        elif keep or time.monotonic() - self.told > 15:
-            self.told = time.monotonic()
+            text = text[:shutil.get_terminal_size().columns - 8]
+            print(f"\r\x1b[K      {text}", end="\n" if keep else "", flush=True)
+        elif keep or time.monotonic() - self._told > 15:
+            self._told = time.monotonic()
             print(f"      {text}", flush=True)
 
-    def _where(self) -> str:
-        """The cell that runs, for how long, and its latest sign of life: the training's step, or what it printed."""
-        seconds, sign = time.monotonic() - self.began, ""
-        for output in self.cell.get("outputs", ()):
-            if output.output_type == "stream":
-                sign = output.text.strip().rpartition("\n")[2] or sign
-        with contextlib.suppress(OSError, IndexError):
-            if time.time() - self.run.metrics_file.stat().st_mtime < seconds:   # written while this cell runs
-                row = [row for row in self.run.metrics() if "loss" in row][-1]
-                sign = (f"training: step {row['step']} · epoch {row['epoch']:.2f} of "
-                        f"{self.run.settings().train.epoch_count} · loss {row['loss']:.4f}")
-        return " · ".join(filter(None, (f"cell {self.number}/{len(self.numbers)}", duration_text(seconds), sign)))
+    @contextlib.contextmanager
+    def following(self, place: str, cell, run: Run) -> Iterator[None]:
+        """Say once a second how far a cell is while it runs; what took long stays to be read."""
+        began, over = time.monotonic(), threading.Event()
 
-    def _explain(self, error: Exception) -> None:
-        """Notebook, cell number, the cell itself and its error."""
-        stopped = self.task.cancelling()
-        self._say("stopped" if stopped else "failed", keep=True)
-        reason = f"{error.ename}: {error.evalue}" if isinstance(error, CellExecutionError) else \
-            "stopped by Ctrl-C" if stopped else "its kernel died (out of memory is the usual reason)"
-        print(f"\n{self.path.name}, code cell {self.number} of {len(self.numbers)}:\n\n"
-              f"{textwrap.indent(self.cell.source if self.cell else '', '    ')}\n\n{reason}\n\n"
-              f"The cells above it ran; they and the whole traceback are in {os.path.relpath(self.copy)}\n"
-              "To try again cell by cell: make lab", file=sys.stderr, flush=True)
+        def where() -> str:
+            seconds = time.monotonic() - began
+            return " · ".join(filter(None, (place, duration_text(seconds), _sign_of_life(cell, run, seconds))))
+
+        def tick() -> None:
+            while not over.wait(1):
+                self.say(where())
+
+        ticker = threading.Thread(target=tick, name="rwkv_nb run", daemon=True)
+        ticker.start()
+        try:
+            yield
+        finally:
+            over.set()
+            ticker.join()
+        if time.monotonic() - began >= 5:
+            self.say(where(), keep=True)
+
+
+def _sign_of_life(cell, run: Run, seconds: float) -> str:
+    """The latest of a cell that has run for so long: the training's step, or the last line it printed."""
+    with contextlib.suppress(OSError, IndexError):
+        if time.time() - run.metrics_file.stat().st_mtime < seconds:   # written while this cell runs
+            row = [row for row in run.metrics() if "loss" in row][-1]
+            return (f"training: step {row['step']} · epoch {row['epoch']:.2f} of {run.settings().train.epoch_count} · "
+                    f"loss {row['loss']:.4f}")
+    printed = "\n".join(output.text for output in cell.get("outputs", ()) if output.output_type == "stream")
+    return printed.strip().rpartition("\n")[2]

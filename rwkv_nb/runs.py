@@ -3,8 +3,6 @@
 Everything is written whole: temporary file beside the target, fsync, rename.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import itertools
@@ -53,7 +51,8 @@ def free_bytes(path: Path) -> int:
 
 def check_disk(need: int, target: Path) -> None:
     """Raise RunError unless `need` bytes are free where `target` is to be; an old file stays until then."""
-    if need > (free := free_bytes(target)):
+    free = free_bytes(target)
+    if need > free:
         raise RunError(f"it needs {bytes_text(need)} and {bytes_text(free)} are free", where=target,
                        fix="free some disk space or choose another folder")
 
@@ -79,17 +78,16 @@ def write_bytes(target: Path, data: bytes) -> None:
 
 def path_settings(settings: config.Settings) -> dict[str, str]:
     """The settings that name a file which is given, by name; a data set by its name is none."""
-    values = config.values(settings)
-    paths = {name: values[name] for name in ("load_model", "data_file", "mix_file", "eval_file") if values[name]}
+    values, names = config.values(settings), ["load_model", "data_file", "mix_file", "eval_file"]
     if values["data_type"] == "sft" and not os.path.exists(values["data_file"]):
-        paths.pop("data_file", None)
-    return paths
+        names.remove("data_file")
+    return {name: values[name] for name in names if values[name]}
 
 
 class Run:
-    """The folder `runs/<name>/` and the names of what is in it."""
+    """The folder `runs/<name>/` and the names of what is in it. It is a path itself, so Run(run) is the same run."""
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
         self.settings_file = self.folder / "settings.json"
         self.started_file = self.folder / "started.json"    # settings, data, base and versions as the run began
@@ -99,6 +97,9 @@ class Run:
 
     def __repr__(self) -> str:
         return f"Run({str(self.folder)!r})"
+
+    def __fspath__(self) -> str:
+        return str(self.folder)
 
     @property
     def name(self) -> str:
@@ -159,10 +160,10 @@ class Run:
 
     def set_aside(self) -> Path | None:
         """Move what an earlier run left to previous-N/; settings.json stays. Returns that folder, or None."""
-        made = (self.started_file, self.metrics_file, self.log_file, self.checkpoint_file, *self.adapters(),
-                *self.folder.glob("rwkv-*.pth"),
-                *(self.folder / name for name in ("merged.pth", "score.json", "score.txt", "score.png", "loss.png")))
-        products = [p for p in made if p.exists()]
+        made = [self.started_file, self.metrics_file, self.log_file, self.checkpoint_file, *self.adapters(),
+                *self.folder.glob("rwkv-*.pth")]
+        made += [self.folder / name for name in ("merged.pth", "score.json", "score.txt", "score.png", "loss.png")]
+        products = [path for path in made if path.exists()]
         if not products:
             return None
         aside = next(p for n in itertools.count(1) if not (p := self.folder / f"previous-{n}").exists())

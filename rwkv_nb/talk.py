@@ -1,13 +1,11 @@
 """A talk with a model, turn by turn: all that is kept is its state, so memory and time a token stay as they are."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors.torch import save
 
-from .data.chat import get_template, prompt
+from .data.chat import prompt
 from .errors import CheckpointError
 from .generate import eval_mode, read, stream
 from .model import RWKV, State
@@ -25,7 +23,7 @@ class Talk:
         self.state: State | None = None
 
     def say(self, text: str, *, max_tokens: int = 300, **sampling) -> Iterator[str]:
-        """The answer, in pieces as they come; sampling as in generate.stream. Stops are the template's.
+        """The answer, in pieces as they come; sampling as in generate.stream.
 
         An answer that is not taken to its end (the iterator is closed) is remembered as far as it was written.
         """
@@ -34,7 +32,7 @@ class Talk:
         before = self._read(ids[:-1], self.state)
         try:
             for piece in stream(self.model, self.tokenizer, ids[-1:], max_tokens=max_tokens, state=before,
-                                stop=get_template(self.template).stop, op=self.op, **sampling):
+                                template=self.template, op=self.op, **sampling):
                 answer += piece
                 yield piece
         finally:    # read again as text: what was written behind the stop is not part of the talk

@@ -5,10 +5,7 @@ The byte vocabulary uses World's own ids for single bytes (byte b is id b + 1), 
 with 257 rows reads the same ids as a large one would.
 """
 
-from __future__ import annotations
-
 import ast
-import codecs
 from collections.abc import Iterable
 from functools import cached_property
 
@@ -35,33 +32,9 @@ class _Tokenizer:
         """How many bytes each id stands for: uint8 [vocab_size]."""
         return np.array([len(token) for token in self.table], dtype=np.uint8)
 
-    def token_bytes(self, token: int) -> bytes:
-        """The bytes of one id; they may be part of a character only."""
-        return self.table[token]
-
     def decode(self, tokens: Iterable[int]) -> str:
         """Text of ids; bytes that are not UTF-8 become U+FFFD. Never raises for ids below vocab_size."""
         return b"".join([self.table[t] for t in tokens]).decode("utf-8", errors="replace")
-
-    def streamer(self) -> Streamer:
-        """A decoder for ids that arrive one at a time."""
-        return Streamer(self)
-
-
-class Streamer:
-    """Decodes ids as they come and holds back the first bytes of a character that is not complete."""
-
-    def __init__(self, tokenizer: _Tokenizer):
-        self._table = tokenizer.table
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def push(self, token: int) -> str:
-        """The text that this id completes; "" while a character is still open."""
-        return self._decoder.decode(self._table[token])
-
-    def finish(self) -> str:
-        """What was held back, as U+FFFD; "" as a rule."""
-        return self._decoder.decode(b"", final=True)
 
 
 class WorldTokenizer(_Tokenizer):

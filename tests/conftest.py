@@ -31,6 +31,20 @@ def base(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def newlines(tmp_path_factory):
+    """Path of a byte-vocabulary model that writes newlines for ever: what ends its answers is the template."""
+    model = init_weights(RWKV(Shape(1, 64, 257, 16, 16, 16, 16, 128)))
+    with torch.no_grad():
+        model.head.weight.zero_()
+        model.ln_out.weight.zero_()
+        model.ln_out.bias.fill_(1)
+        model.head.weight[1 + ord("\n")] = 1
+    path = tmp_path_factory.mktemp("newlines") / "newlines.pth"
+    save_weights(path, model.state_dict())
+    return path
+
+
+@pytest.fixture(scope="session")
 def chats(tmp_path_factory):
     """Path of a jsonl with 30 short chat documents of different lengths."""
     words = ["red", "green", "blue", "black", "white"]

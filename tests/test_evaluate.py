@@ -1,5 +1,6 @@
 """Scores and losses against counting by hand."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 
 from rwkv_nb import evaluate
 from rwkv_nb.config import DataSettings, Settings, TrainSettings
+from rwkv_nb.data.chat import TEMPLATES
 from rwkv_nb.data.sources import open_documents
 from rwkv_nb.errors import DataError
 from rwkv_nb.evaluate import (
@@ -72,11 +74,12 @@ def test_text_that_trains_nothing_is_an_error(model):
         text_loss(model, [Doc((np.array([1, 2, 3], dtype=np.uint16), np.zeros(3, dtype=bool)))])
 
 
-def test_split_takes_the_last_turn():
-    assert split_example("User: a\n\nAssistant: b\n\nUser: c\n\nAssistant: d e ") == \
-        ("User: a\n\nAssistant: b\n\nUser: c\n\nAssistant:", "d e")
-    with pytest.raises(DataError, match="Assistant"):
-        split_example("no turn here")
+def test_split_takes_the_templates_last_turn():
+    text = "User: a\n\nAssistant: b\n\nUser: c\n\nAssistant: d e "
+    assert split_example(text) == split_example(text, "g1") == (
+        "User: a\n\nAssistant: b\n\nUser: c\n\nAssistant:", "d e")
+    assert split_example("Instruction: a\n\nResponse: b", "instruction") == ("Instruction: a\n\nResponse:", "b")
+    assert split_example("no turn here") is split_example(text, "plain") is split_example(text, "instruction") is None
 
 
 def test_exact_match_counts_what_the_model_writes(model):
@@ -89,6 +92,18 @@ def test_exact_match_counts_what_the_model_writes(model):
     assert [row.right for row in score.rows] == [True, True, False, True, False]
     assert (score.n, score.right, score.share) == (5, 3, 0.6)
     assert score.rows[4].expected == "something else"
+
+
+@pytest.mark.parametrize("template, marker", [("chat", "Assistant:"), ("instruction", "Response:")])
+def test_exact_match_reads_and_stops_as_the_template_says(model, monkeypatch, template, marker):
+    prompts = [f"a {i}\n\n{marker}" for i in range(3)]
+    free = generate(model, TOKENIZER, prompts, max_tokens=8, template="plain")
+    stop = free[0][2]
+    monkeypatch.setitem(TEMPLATES, template, dataclasses.replace(TEMPLATES[template], stop=(stop,)))
+    examples = [f"{p} {text.split(stop)[0]}" for p, text in zip(prompts, free, strict=True)]
+    examples += [f"another marker: {i}" for i in range(2)]
+    assert exact_match(model, TOKENIZER, examples, max_tokens=8, template=template)[:3] == (3, 3, 1.0)
+    assert judge(model, TOKENIZER, examples, template=template).exact is not None
 
 
 # -- the judge ---------------------------------------------------------------------------------------------------------

@@ -3,10 +3,13 @@
 import pytest
 import torch
 
+from rwkv_nb.config import replace
 from rwkv_nb.errors import SettingsError
 from rwkv_nb.generate import generate, stream
-from rwkv_nb.model import RWKV, Shape, init_weights
+from rwkv_nb.model import RWKV, Shape, init_weights, load_model
+from rwkv_nb.runs import Run
 from rwkv_nb.tokenizer import ByteTokenizer
+from rwkv_nb.train.loop import Trainer
 
 TOKENIZER = ByteTokenizer()
 PROMPTS = ["a", "User: where is 北京?\n\nAssistant:", "", "x" * 40, "Anna Berg lives in Oslo", "é"]
@@ -91,6 +94,33 @@ def test_a_stream_adds_up_to_the_text_and_shows_no_part_of_a_stop(model):
     pieces = list(stream(model, TOKENIZER, PROMPTS[1], stop=(stop,), **options))
     assert len(pieces) > 3
     assert "".join(pieces) == whole.split(stop)[0]
+
+
+def test_a_stream_holds_back_half_a_character():
+    """A model that writes 猫 for ever, a byte at a time."""
+    model, ids = init_weights(RWKV(Shape(1, 64, 257, 8, 8, 8, 8, ffn_dim=128))), TOKENIZER.encode("猫")
+    with torch.no_grad():
+        for matrix in (model.emb.weight, model.head.weight, model.blocks[0].att.output.weight,
+                       model.blocks[0].ffn.value.weight):
+            matrix.zero_()
+        for i, token in enumerate(ids):
+            model.emb.weight[token, i] = model.head.weight[ids[(i + 1) % 3], i] = 1
+    assert list(stream(model, TOKENIZER, "猫", max_tokens=7)) == ["猫", "猫", "\ufffd"]
+
+
+@pytest.mark.parametrize("template, stop", [("chat", ("\n\n",)), ("g1", ("\n\nUser:", "\n\nSystem:")), ("plain", ())])
+def test_answers_end_where_the_templates_do(newlines, template, stop):
+    model = load_model(newlines)
+    answer, = generate(model, TOKENIZER, ["a"], max_tokens=6, template=template)
+    assert answer == "".join(stream(model, TOKENIZER, "a", max_tokens=6, template=template))
+    assert answer == generate(model, TOKENIZER, ["a"], max_tokens=6, stop=stop)[0] == (
+        "" if template == "chat" else "\n" * 6)
+
+
+@pytest.mark.parametrize("template, answer", [("chat", ""), ("g1", "\n" * 6)])
+def test_a_trainer_answers_by_its_runs_template(newlines, settings, tmp_path, template, answer):
+    trainer = Trainer(Run(tmp_path), replace(settings, load_model=str(newlines), template=template))
+    assert trainer.answers(["a"], 6, base=True) == trainer.answers(["a"], 6, base=False) == [answer]
 
 
 def test_nothing_asked_nothing_written(model):

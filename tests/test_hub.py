@@ -22,7 +22,7 @@ class Hub(http.server.ThreadingHTTPServer):
 
     def __init__(self, files):
         super().__init__(("127.0.0.1", 0), Answer)
-        self.files, self.cut, self.asked, self.lie = files, 0, [], ""
+        self.files, self.cut, self.asked, self.lie, self.checksums = files, 0, [], "", True
         self.endpoint = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -38,8 +38,8 @@ class Answer(http.server.BaseHTTPRequestHandler):
         self.server.asked.append((self.command, path, self.headers.get("Range")))
         if path.startswith("/api/models/BlinkDL/rwkv7-g1"):
             siblings = [{"rfilename": name, "size": len(data), "blobId": "0" * 40, "lfs": {
-                "size": len(data), "sha256": server.lie or hashlib.sha256(data).hexdigest(), "pointerSize": 130}}
-                for name, data in server.files.items()]
+                "size": len(data), "sha256": server.lie or hashlib.sha256(data).hexdigest(), "pointerSize": 130}
+                if server.checksums else None} for name, data in server.files.items()]
             self.answer(json.dumps({"id": "BlinkDL/rwkv7-g1", "sha": "a" * 40, "siblings": siblings}).encode())
         elif path.startswith("/BlinkDL/rwkv7-g1/resolve/") and path.rpartition("/")[2] in server.files:
             data = server.files[path.rpartition("/")[2]]
@@ -105,6 +105,12 @@ def test_a_wrong_checksum_is_refused_and_the_file_removed(server, tmp_path):
     with pytest.raises(CheckpointError, match="checksum"):
         hub.get("rwkv7-g1-0.1b", tmp_path, endpoint=server.endpoint, say=str)
     assert not list(tmp_path.iterdir())
+
+
+def test_without_a_checksum_of_the_hubs_the_size_counts(server, tmp_path):
+    server.checksums, said = False, []
+    path = hub.get("rwkv7-g1-0.1b", tmp_path, endpoint=server.endpoint, say=said.append)
+    assert path.read_bytes() == server.files[NEW] and "no checksum" in said[-1]
 
 
 def test_names_that_are_not_there(server, tmp_path):

@@ -1,6 +1,10 @@
 """`rwkv-nb run`: order, visible progress, a failing cell, an earlier run."""
 
+import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -44,6 +48,22 @@ def test_a_kernel_that_dies_is_named(tmp_path, capsys):
     write(tmp_path / "notebooks", "00_a.ipynb", "import os; os._exit(1)")
     assert run_notebooks(tmp_path / "notebooks") == 1
     assert "kernel died" in capsys.readouterr().err
+
+
+def test_ctrl_c_stops_the_run_and_its_kernel_and_keeps_what_ran(tmp_path):
+    write(tmp_path / "notebooks", "00_a.ipynb", "print('ran')",
+          "import os, pathlib, time\npathlib.Path('pid').write_text(str(os.getpid()))\ntime.sleep(600)")
+    process = subprocess.Popen([sys.executable, "-m", "rwkv_nb.cli", "run", "--notebooks", tmp_path / "notebooks"],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    pid = tmp_path / "notebooks" / "pid"
+    while not (pid.exists() and pid.read_text()) and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate()[1]
+    assert process.returncode == 1 and "code cell 2 of 2" in error and "stopped by Ctrl-C" in error
+    assert "Traceback" not in error and not Path(f"/proc/{pid.read_text()}").exists()
+    kept = nbformat.read(tmp_path / "runs/quickstart/notebooks/00_a.ipynb", 4)
+    assert kept.cells[1].outputs[0].text == "ran\n"
 
 
 def test_an_earlier_run_is_kept_under_its_date(tmp_path, capsys):

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -38,6 +39,7 @@ for name, write in {
 """
 HOLD = """
 import sys
+from pathlib import Path
 from rwkv_nb.runs import Run
 with Run(sys.argv[1]).lock():
     print("held", flush=True)
@@ -157,3 +159,7 @@ def test_the_last_adapter_is_the_one_saved_last(tmp_path):
         os.utime(run.adapter_file(name), ns=(time, time))
     assert [path.stem for path in run.adapters()] == ["adapter-10", "adapter-9", "adapter-step-3"]
     assert run.last_adapter().stem == "adapter-step-3"
+
+
+def test_a_run_is_a_path(tmp_path):
+    assert Run(Run(tmp_path)).folder == Path(Run(tmp_path)) == tmp_path

@@ -4,17 +4,13 @@ Little-endian. `.idx`: magic, u64 version 1, u8 dtype code, u64 n_sizes, u64 n_d
 int64 byte pointers and int64 doc_idx. One item is one document here, as RWKV's tools write it.
 """
 
-from __future__ import annotations
-
 import struct
-from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from ..errors import DataError
-from ..runs import atomic_path
 
 MAGIC = b"MMIDIDX\0\0"
 HEADER = struct.Struct("<9sQBQQ")
@@ -27,29 +23,6 @@ def pair(prefix: str | Path) -> tuple[Path, Path]:
     prefix = Path(prefix)
     prefix = prefix.with_suffix("") if prefix.suffix in (".bin", ".idx") else prefix
     return prefix.with_name(prefix.name + ".bin"), prefix.with_name(prefix.name + ".idx")
-
-
-def write_binidx(prefix: str | Path, documents: Iterable[Sequence[int]]) -> int:
-    """Write documents as they are (the caller puts the closing 0) in uint16; returns how many.
-
-    Both files appear whole or not at all. Raises DataError for ids outside 0..65535 or when there is no document.
-    """
-    bin_file, idx_file = pair(prefix)
-    sizes = array("i")
-    # The .bin takes its name first: a reader that sees the new .idx always finds the tokens that belong to it.
-    with atomic_path(idx_file) as idx, atomic_path(bin_file) as bin_:
-        with open(bin_, "wb") as file:
-            for number, tokens in enumerate(documents, 1):
-                tokens = np.asarray(tokens, dtype=np.int64)
-                if len(tokens) and not 0 <= tokens.min() <= tokens.max() <= 0xFFFF:
-                    raise DataError("token ids do not fit into uint16", where=f"document {number}",
-                                    fix="use the World or the byte tokenizer")
-                file.write(tokens.astype("<u2").tobytes())
-                sizes.append(len(tokens))
-        if not sizes:
-            raise DataError("there is no document to write", where=bin_file, fix="check the file that it is made from")
-        write_index(idx, np.array(sizes, dtype="<i4"))
-    return len(sizes)
 
 
 def write_index(path: Path, sizes: np.ndarray) -> None:

@@ -4,8 +4,6 @@ A template is data. Its markers count only at the start of a document or after a
 writes "Assistant:" inside a sentence changes nothing.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from dataclasses import dataclass, field
@@ -61,12 +59,14 @@ TEMPLATES = {template.name: template for template in (
 )}
 
 
-def get_template(name: str) -> Template:
-    """The template of that name. Raises SettingsError for an unknown one."""
-    if name not in TEMPLATES:
-        raise SettingsError(f"there is no template {name!r}", where="template",
+def get_template(template: str | Template) -> Template:
+    """The template of that name, or the given one itself. Raises SettingsError for an unknown name."""
+    if isinstance(template, Template):
+        return template
+    if template not in TEMPLATES:
+        raise SettingsError(f"there is no template {template!r}", where="template",
                             fix=f"use one of {', '.join(TEMPLATES)}")
-    return TEMPLATES[name]
+    return TEMPLATES[template]
 
 
 def mask_template(data: DataSettings) -> Template:
@@ -92,8 +92,11 @@ def trained_spans(data: bytes, template: Template) -> list[tuple[int, int]]:
     if not turns:
         return [(0, len(data))]
     stops = [turn.start(1) for turn in turns[1:]] + [len(data)]
-    return [(turn.start(1) if template.loose else turn.end(), stop) for turn, stop in zip(turns, stops, strict=True)
-            if turn[1].decode() in template.learnt]
+    spans = []
+    for turn, stop in zip(turns, stops, strict=True):
+        if turn[1].decode() in template.learnt:
+            spans.append((turn.start(1) if template.loose else turn.end(), stop))
+    return spans
 
 
 def loss_mask(tokens: np.ndarray, tokenizer, template: str | Template = "chat") -> np.ndarray:
@@ -102,7 +105,7 @@ def loss_mask(tokens: np.ndarray, tokenizer, template: str | Template = "chat") 
     A token is trained where its first byte is. The 0 that closes a document belongs to the last turn: it is
     trained behind an assistant's turn (the answer ends here), not behind a user's.
     """
-    template = get_template(template) if isinstance(template, str) else template
+    template = get_template(template)
     mask = np.ones(len(tokens), dtype=bool)
     if template.learnt:
         ends = [*(np.flatnonzero(tokens == 0) + 1), len(tokens)]  # a 0 inside begins a new text
@@ -115,15 +118,19 @@ def _mask_of_one(tokens: np.ndarray, tokenizer, template: Template) -> np.ndarra
     data = b"".join([tokenizer.table[token] for token in tokens.tolist()])
     trained = np.zeros(len(data) + 1, dtype=bool)  # one place more: the closing 0 stands behind the last byte
     for start, stop in trained_spans(data, template):
-        trained[start:stop + (stop == len(data))] = True
+        trained[start:stop] = True
+        if stop == len(data):
+            trained[stop] = True
     lengths = tokenizer.lengths[tokens]
     return trained[np.cumsum(lengths, dtype=np.int64) - lengths]
 
 
 def prompt(text: str, template: str | Template = "chat") -> str:
     """A user's text as the model is asked. Runs of newlines become one: a blank line would end the turn."""
-    template = get_template(template) if isinstance(template, str) else template
-    return template.question.replace("{text}", _one_turn(text) if template.learnt else text)
+    template = get_template(template)
+    if template.learnt:
+        text = _one_turn(text)
+    return template.question.replace("{text}", text)
 
 
 def _one_turn(text: str) -> str:
@@ -137,32 +144,48 @@ def row_text(row: dict, template: Template, fields: tuple[str, ...] = ()) -> str
     {"role", "content"}, or "conversations", of {"from", "value"}; a question and its answer by the usual names. Raises
     DataError (`what` only) for other rows.
     """
-    if not fields and "text" in row:
-        return _field(row, "text")
-    if not fields and (name := next((n for n in ("messages", "conversations") if n in row), None)):
-        return render(_messages(row, name), template)
-    if not fields:
-        asked = next((name for name in ANSWERS if name in row and ANSWERS[name] in row), "text")
-        fields = (asked, *(["input"] if row.get("input") else []), ANSWERS.get(asked, ""))  # no "text": that is told
-    *asked, answer = fields
-    turns = [{"role": "input" if i else "user", "content": _field(row, name)} for i, name in enumerate(asked)]
-    return render([*turns, {"role": "assistant", "content": _field(row, answer)}], template)
+    if fields:
+        return _asked_and_answered(row, fields, template)
+    if "text" in row:
+        return _text(row, "text")
+    for name in ("messages", "conversations"):
+        if name in row:
+            return render(_messages(row, name), template)
+    for question, answer in ANSWERS.items():
+        if question in row and answer in row:
+            more = ("input",) if row.get("input") else ()
+            return _asked_and_answered(row, (question, *more, answer), template)
+    return _text(row, "text")  # it is not there, and that is told
 
 
-def _field(row: dict, name: str, of: str = "", kind: type = str, optional: bool = False):
-    """A row's or turn's own text or list; where it is optional, perhaps an empty one. `of` says whose it is."""
+def _asked_and_answered(row: dict, fields: tuple[str, ...], template: Template) -> str:
+    question, *more, answer = fields
+    turns = [{"role": "user", "content": _text(row, question)}]
+    turns += [{"role": "input", "content": _text(row, name)} for name in more]
+    return render([*turns, {"role": "assistant", "content": _text(row, answer)}], template)
+
+
+def _text(row: dict, name: str, of: str = "", *, optional: bool = False) -> str:
+    """A row's or turn's own text; where it is optional, perhaps an empty one. `of` says whose it is."""
     value = row.get(name)
     if value is None and optional:
-        return kind()
+        return ""
     if name not in row:
-        raise DataError(f'there is no "{name}"; its fields are {", ".join(map(repr, row)) or "none"}'
-                        + ("" if of else " (with data_type sft, sft_field names others)"))
-    if not isinstance(value, kind):
-        what = "string" if kind is str else "list"
-        raise DataError(f'"{name}"{of} is a {type(value).__name__}, not a {what}')
-    if not (optional or value.strip()):
+        hint = "" if of else " (with data_type sft, sft_field names others)"
+        raise DataError(f'there is no "{name}"; its fields are {", ".join(map(repr, row)) or "none"}{hint}')
+    if not isinstance(value, str):
+        raise DataError(f'"{name}"{of} is a {type(value).__name__}, not a string')
+    if not optional and not value.strip():
         raise DataError(f'"{name}"{of} is empty')
     return value
+
+
+def _list(turn: dict, name: str, of: str) -> list:
+    """A turn's own list; an empty one where it has none."""
+    value = turn.get(name)
+    if value is not None and not isinstance(value, list):
+        raise DataError(f'"{name}"{of} is a {type(value).__name__}, not a list')
+    return value or []
 
 
 def _messages(row: dict, name: str) -> list[dict]:
@@ -188,10 +211,12 @@ def render(turns: list[dict], template: Template) -> str:
     written, last = [], ""
     for number, turn in enumerate(turns, 1):
         role = turn["role"]
-        if last not in BEFORE.get(role, ()):
-            why = f" behind {last!r}: turns are out of order" if role in BEFORE else f": roles are {', '.join(BEFORE)}"
-            raise DataError(f"turn {number} is {role!r}{why}")
-        text = (_assistant if role == "assistant" else _given)(turn, template, f" of turn {number}")
+        if role not in BEFORE:
+            raise DataError(f"turn {number} is {role!r}: roles are {', '.join(BEFORE)}")
+        if last not in BEFORE[role]:
+            raise DataError(f"turn {number} is {role!r} behind {last!r}: turns are out of order")
+        of = f" of turn {number}"
+        text = _assistant(turn, template, of) if role == "assistant" else _given(turn, template, of)
         if role == "input" and role not in template.turns:
             written[-1] += "\n" + text
         elif role in template.turns:
@@ -203,26 +228,29 @@ def render(turns: list[dict], template: Template) -> str:
 
 
 def _given(turn: dict, template: Template, of: str) -> str:
-    tools = _field(turn, "tools", of, list, optional=True)
-    text = _field(turn, "content", of, optional=bool(tools))
+    tools = _list(turn, "tools", of)
+    text = _text(turn, "content", of, optional=bool(tools))
     if tools:
-        text += "\n" + _filled(template, "tools", "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools))
+        lines = [json.dumps(tool, ensure_ascii=False) for tool in tools]
+        text += "\n" + _filled(template, "tools", "\n".join(lines))
     return _one_turn(text)
 
 
 def _assistant(turn: dict, template: Template, of: str) -> str:
     """An answer with its reasoning and calls. Where a blank line ends an answer there is none inside; where it does
     not, none stands before a marker."""
-    calls = _field(turn, "tool_calls", of, list, optional=True)
-    reasoning = _field(turn, "reasoning_content", of, optional=True).strip()
-    answer = _field(turn, "content", of, optional=bool(calls)).strip()
+    calls = _list(turn, "tool_calls", of)
+    reasoning = _text(turn, "reasoning_content", of, optional=True).strip()
+    text = _text(turn, "content", of, optional=bool(calls)).strip()
     for call in calls:
-        call = json.dumps(call.get("function", call) if isinstance(call, dict) else call, ensure_ascii=False)
-        answer = f"{answer}\n{_filled(template, 'call', call)}".lstrip()
+        if isinstance(call, dict):
+            call = call.get("function", call)
+        written = _filled(template, "call", json.dumps(call, ensure_ascii=False))
+        text = f"{text}\n{written}".lstrip()
     if reasoning:
-        text = _filled(template, "think", answer, "{answer}").replace("{reasoning}", reasoning)
-    else:
-        text = answer if answer.startswith("<think>") else template.no_think.replace("{answer}", answer)
+        text = _filled(template, "think", text, "{answer}").replace("{reasoning}", reasoning)
+    elif not text.startswith("<think>"):
+        text = template.no_think.replace("{answer}", text)
     if "\n\n" in template.stop:
         return _one_turn(text)
     markers = "|".join(map(re.escape, template.given + template.learnt))

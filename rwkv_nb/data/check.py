@@ -1,7 +1,5 @@
 """Everything wrong with a data file, in one pass and before anything is written; and what can safely be mended."""
 
-from __future__ import annotations
-
 import ast
 import codecs
 import itertools
@@ -41,8 +39,9 @@ class Report:
 
 def told(path: Path, problems: Iterable[Problem], unit: str = "") -> Iterator[str]:
     """Each problem with file and line, and the text around it below."""
-    for line, what, text in problems:
-        yield f"{path.name}:{f'{unit}{line}:' * bool(line)} {what}" + f"\n    {text}" * bool(text)
+    for problem in problems:
+        where = f"{path.name}:{unit}{problem.line}" if problem.line else path.name
+        yield f"{where}: {problem}"
 
 
 def check_data(data: DataSettings, tokenizer) -> Report:
@@ -53,8 +52,9 @@ def check_data(data: DataSettings, tokenizer) -> Report:
     documents longer than ctx_len. Raises DataError only where there is no such file.
     """
     found, template = find_data_file(data.data_file, data.data_type), mask_template(data)
-    report = Report(found.path, "" if found.data_type in TEXT else " document ",
-                    notices=[found.notice] if found.notice else [])
+    report = Report(found.path, unit="" if found.data_type in TEXT else " document ")
+    if found.notice:
+        report.notices.append(found.notice)
     whole = 0
     for one in _tokens(found, data, tokenizer):
         if isinstance(one, Problem):
@@ -80,8 +80,10 @@ def check_data(data: DataSettings, tokenizer) -> Report:
 def _tokens(found: DataFile, data: DataSettings, tokenizer) -> Iterator[tuple[int, np.ndarray] | Problem]:
     """(line or number, tokens) of each document, and the problems before that; that a file cannot be read is one."""
     try:
-        yield from (encode(scan(found, data), tokenizer) if found.data_type in TEXT else
-                    enumerate(open_tokens(found, data, tokenizer), 1))
+        if found.data_type in TEXT:
+            yield from encode(scan(found, data), tokenizer)
+        else:
+            yield from enumerate(open_tokens(found, data, tokenizer), 1)
     except DataError as error:
         other = Path(error.where).name
         yield Problem(0, error.what if other == found.path.name else f"{other}: {error.what}")
@@ -98,9 +100,10 @@ def _wrong(tokens: np.ndarray, tokenizer, template: Template) -> tuple[str, np.n
     if not text.strip():
         return "the document is empty", nothing
     mask = loss_mask(tokens, tokenizer, template)
-    if turns := _out_of_order(text, template):
-        return turns, mask
-    return "" if mask[1:].any() else "nothing of it is trained: no turn is the model's", mask
+    what = _out_of_order(text, template)
+    if not what and not mask[1:].any():
+        what = "nothing of it is trained: no turn is the model's"
+    return what, mask
 
 
 def _out_of_order(text: bytes, template: Template) -> str:
@@ -109,7 +112,8 @@ def _out_of_order(text: bytes, template: Template) -> str:
         return ""
     turns = [(turn[1].decode(), text[turn.end():]) for turn in template.markers.finditer(text)]
     for (one, _), (two, rest) in itertools.pairwise(turns):
-        if one == two and not rest.startswith(b" <tool_response>") or two == "System:":
+        twice = one == two and not rest.startswith(b" <tool_response>")
+        if twice or two == "System:":
             return f"turns are out of order: {two!r} behind {one!r}"
     return ""
 
@@ -128,8 +132,8 @@ class Mended(NamedTuple):
     left_out: list[Problem]
 
     def __str__(self) -> str:
-        changed = (Problem(line, f"mended: {what}") for line, what, _ in self.changed)
-        left_out = (Problem(line, f"left out: {what}") for line, what, _ in self.left_out)
+        changed = [Problem(line, f"mended: {what}") for line, what, _ in self.changed]
+        left_out = [Problem(line, f"left out: {what}") for line, what, _ in self.left_out]
         return "\n".join([f"documents in the new file: {self.documents}", *told(self.path, (*changed, *left_out))])
 
 
@@ -143,23 +147,25 @@ def mend_jsonl(path: str | Path, target: str | Path, data: DataSettings = DEFAUL
     path, target, write = find_data_file(path, "jsonl").path, Path(target), row_writer(data)
     if target.exists():
         raise DataError("this file exists already", where=target, fix="give the mended file a new name")
-    mended = Mended(path, 0, [], [])
+    documents, changed, left_out = 0, [], []
     with atomic_path(target) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
         for number, line in enumerate(_lines(path), 1):
             if not line.strip():
                 continue
-            found = parse(line, write)
-            row, done = (line.decode(), "") if isinstance(found, str) else _mended(line, write)
-            if not row:
-                mended.left_out.append(Problem(number, *found))
+            problem = parse(line, write)
+            if not isinstance(problem, Problem):
+                row = line.decode()
+            elif mended := _mended(line, write):
+                row, done = mended
+                changed.append(Problem(number, done, problem.text))
+            else:
+                left_out.append(problem._replace(line=number))
                 continue
             file.write(row + "\n")
-            mended = mended._replace(documents=mended.documents + 1)
-            if done:
-                mended.changed.append(Problem(number, done, found[1]))
-        if not mended.documents:
+            documents += 1
+        if not documents:
             raise DataError("no line of it can be used", where=path, fix="see what check_data says of it")
-    return mended
+    return Mended(path, documents, changed, left_out)
 
 
 def _lines(path: Path) -> Iterator[bytes]:
@@ -182,15 +188,15 @@ _REPAIRS = (("", read_row), ("curly quotes made straight", lambda text: read_row
             ("single quotes made double", ast.literal_eval))
 
 
-def _mended(line: bytes, write: Callable) -> tuple[str, str]:
-    """(the row as JSON, what was done), or ("", "")."""
+def _mended(line: bytes, write: Callable) -> tuple[str, str] | None:
+    """(the row as JSON, what was done), or None where there is no one sure way."""
     done = []
     try:
         text = line.decode()
     except UnicodeDecodeError:
         encoding = likely_encoding(line)
         if not encoding.startswith(("GB", "Big5")):  # any bytes could be Windows-1252
-            return "", ""
+            return None
         text, done = line.decode(encoding), [f"read as {encoding}"]
     bare = text.strip().removesuffix(",")
     if bare != text.strip():
@@ -199,9 +205,11 @@ def _mended(line: bytes, write: Callable) -> tuple[str, str]:
         try:
             row = read(bare)
             write(row)
-            return json.dumps(row, ensure_ascii=False), ", ".join([*done, *filter(None, [repair])])
         except DataError:  # it can be read, so it is not the form that is wrong
-            break
+            return None
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # literal_eval's
             continue
-    return "", ""
+        if repair:
+            done.append(repair)
+        return json.dumps(row, ensure_ascii=False), ", ".join(done) or "white space taken out"
+    return None

@@ -4,8 +4,6 @@ What is done is kept beside the target in `.name.*.part` files. Whoever asks aga
 there; the pair appears under its own name when it is whole.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import functools
@@ -19,7 +17,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, Self
 
 import numpy as np
 
@@ -29,7 +27,7 @@ from ..runs import atomic_path, write_text
 from ..tokenizer import get_tokenizer
 from ..words import duration_text
 from .binidx import pair, write_index
-from .jsonl import DEFAULTS, Problem, good, row_writer, scan_lines
+from .jsonl import DEFAULTS, Problem, raise_problem, row_writer, scan_lines
 from .sources import find_data_file
 
 BLOCK = 4 << 20  # bytes of text in one piece of work
@@ -58,8 +56,9 @@ class Encoded(NamedTuple):
     lines: int
 
 
-def jsonl_to_binidx(path: str | Path, prefix: str | Path, tokenizer, progress: Callable[[Progress], None] | None = None,
-                    *, data: DataSettings = DEFAULTS, workers: int = 0, block: int = BLOCK) -> int:
+def jsonl_to_binidx(path: str | Path, prefix: str | Path, tokenizer,
+                    progress: Callable[[Progress], None] = lambda now: None, *, data: DataSettings = DEFAULTS,
+                    workers: int = 0, block: int = BLOCK) -> int:
     """Write a jsonl file as a .bin/.idx pair, a 0 at the end of each document; returns how many documents.
 
     Rows become text by data.template. workers 0: as many processes as there are cores and blocks; each holds a
@@ -70,19 +69,19 @@ def jsonl_to_binidx(path: str | Path, prefix: str | Path, tokenizer, progress: C
     path, began = find_data_file(path, "jsonl").path, time.monotonic()
     try:
         told = path.stat()
-        with open(path, "rb") as file, _Part(prefix, [str(path.resolve()), told.st_size, told.st_mtime_ns,
-                                                      tokenizer.name, data.template, data.data_type]) as part:
-            file.seek(first := part.offset)
-            workers = workers or min(len(os.sched_getaffinity(0)), -(-(told.st_size - first) // block))
+        size = told.st_size
+        key = [str(path.resolve()), size, told.st_mtime_ns, tokenizer.name, data.template, data.data_type]
+        with open(path, "rb") as file, _Part(prefix, key) as part:
+            first = part.offset
+            file.seek(first)
+            workers = workers or min(len(os.sched_getaffinity(0)), -(-(size - first) // block))
             work = functools.partial(_encode, tokenizer=tokenizer.name if workers > 1 else tokenizer, data=data)
             for encoded, offset in _in_order(_blocks(file, block), work, workers):
                 if isinstance(encoded, Problem):
-                    next(good(iter([encoded._replace(line=encoded.line + part.lines)]), path))
+                    raise_problem(encoded._replace(line=part.lines + encoded.line), path)
                 part.add(encoded, offset)
-                if progress:
-                    speed = (offset - first) / max(time.monotonic() - began, 1e-9)
-                    progress(Progress(offset, told.st_size, part.documents, speed / 1e6,
-                                      (told.st_size - offset) / speed))
+                speed = (offset - first) / max(time.monotonic() - began, 1e-9)
+                progress(Progress(offset, size, part.documents, speed / 1e6, (size - offset) / speed))
             if not part.documents:
                 raise DataError("the file holds no document: it is empty", where=path, fix="check the file")
             part.finish()
@@ -150,7 +149,7 @@ class _Part(contextlib.AbstractContextManager):
         self.bin, self.sizes = (p.with_name(f".{p.name}.part") for p in self.target)
         self.note = self.bin.with_suffix(".json")
 
-    def __enter__(self) -> _Part:
+    def __enter__(self) -> Self:
         self.bin.parent.mkdir(parents=True, exist_ok=True)
         self._files = [open(self.bin, "ab"), open(self.sizes, "ab")]
         try:
@@ -165,8 +164,9 @@ class _Part(contextlib.AbstractContextManager):
         self.offset, self.lines, self.documents, held = 0, 0, 0, [0, 0]
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
             note = json.loads(self.note.read_text())
-            if note["key"] == self.key and all(os.fstat(f.fileno()).st_size >= n for f, n in
-                                               zip(self._files, note["held"], strict=True)):
+            sizes = [os.fstat(file.fileno()).st_size for file in self._files]
+            whole = all(size >= n for size, n in zip(sizes, note["held"], strict=True))
+            if note["key"] == self.key and whole:
                 self.offset, self.lines, held = note["offset"], note["lines"], note["held"]
                 self.documents = held[1] // 4
         for file, n in zip(self._files, held, strict=True):

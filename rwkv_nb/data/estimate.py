@@ -1,7 +1,5 @@
 """What a ctx_len makes of documents, from their lengths alone: how many are cut, and how much is padding."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +17,8 @@ class Fit(NamedTuple):
 
 def fit(sizes: np.ndarray, ctx_len: int, micro_bsz: int = 1, accumulate: int = 1, seed: int = 0) -> Fit:
     """sizes: int [n], tokens of each document, the closing 0 with them. Batches are made as data.batches does."""
-    inputs = np.asarray(sizes)[np.asarray(sizes) > 1] - 1  # the last token is only a target
+    sizes = np.asarray(sizes)
+    inputs = sizes[sizes > 1] - 1  # the last token is only a target
     pieces = -(-inputs // ctx_len)
     lengths = np.full(pieces.sum(), ctx_len)
     lengths[np.cumsum(pieces) - 1] = inputs - (pieces - 1) * ctx_len

@@ -1,8 +1,6 @@
 """Text files to documents: jsonl, plain text, and tables of rows. Every complaint names the line and shows the text
 around it."""
 
-from __future__ import annotations
-
 import codecs
 import contextlib
 import csv
@@ -12,7 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -25,7 +23,6 @@ DEFAULTS = DataSettings()
 BATCH = 512  # documents given to the tokenizer at once
 TABLES = (".json", ".jsonl", ".csv", ".parquet")
 FIX = "check_data (notebook 01), or rwkv-nb check-data, lists every problem at once"
-Found = Iterator["tuple[int, str] | Problem"]
 
 
 class Problem(NamedTuple):
@@ -35,16 +32,24 @@ class Problem(NamedTuple):
     what: str
     text: str = ""
 
+    def __str__(self) -> str:
+        return f"{self.what}\n    {self.text}" if self.text else self.what
 
+
+Found = Iterator[tuple[int, Any] | Problem]     # documents (or what is made of them) with their lines, and problems
 EMPTY = Problem(0, "the file holds no document: it is empty")
 
 
-def good(found: Found, path: str | Path) -> Iterator[tuple[int, str]]:
+def raise_problem(problem: Problem, path: str | Path) -> NoReturn:
+    """Raise a problem of a file as a DataError."""
+    raise DataError(str(problem), where=f"{path}:{problem.line}" if problem.line else path, fix=FIX)
+
+
+def good(found: Found, path: str | Path) -> Iterator[tuple[int, Any]]:
     """Documents as they come. Raises DataError at the first problem."""
     for one in found:
         if isinstance(one, Problem):
-            raise DataError(f"{one.what}\n    {one.text}" if one.text else one.what,
-                            where=f"{path}:{one.line}" if one.line else path, fix=FIX)
+            raise_problem(one, path)
         yield one
 
 
@@ -53,7 +58,10 @@ def encode(found: Found, tokenizer) -> Iterator[tuple[int, np.ndarray] | Problem
     while batch := list(itertools.islice(found, BATCH)):
         encoded = iter(tokenizer.encode_batch([one[1] for one in batch if not isinstance(one, Problem)]))
         for one in batch:
-            yield one if isinstance(one, Problem) else (one[0], np.array([*next(encoded), 0]))
+            if isinstance(one, Problem):
+                yield one
+            else:
+                yield one[0], np.array([*next(encoded), 0])
 
 
 def row_writer(data: DataSettings) -> Callable[[object], str]:
@@ -84,12 +92,16 @@ def _readable(path: Path) -> Iterator[None]:
                         fix="check its name, and that you may read it") from error
 
 
-def scan_jsonl(path: Path, write: Callable[[object], str]) -> Found:
-    """Each document or problem of a file, in order; that it holds none of either is a problem too."""
+def scan_jsonl(path: Path, write: Callable[[object], Any]) -> Found:
+    """Each document or problem of a file, in order; that it holds none of either is a problem too.
+
+    write: from a row to its document; raises DataError (`what` only) for a row that has none (row_writer)
+    """
     with _readable(path), open(path, "rb") as file:
         head = file.read(4000)
         file.seek(0)
-        if (likely := likely_encoding(head)).startswith("UTF-16"):
+        likely = likely_encoding(head)
+        if likely.startswith("UTF-16"):
             yield Problem(0, f"the file is {likely}: save it as UTF-8")
         elif re.match(rb"\s*\[\s*\{", head.removeprefix(codecs.BOM_UTF8)):
             yield Problem(0, "the file is one JSON list, not a row a line: rename it to .json")
@@ -99,28 +111,30 @@ def scan_jsonl(path: Path, write: Callable[[object], str]) -> Found:
             yield from found
 
 
-def scan_lines(lines: Iterable[bytes], write: Callable[[object], str]) -> Found:
+def scan_lines(lines: Iterable[bytes], write: Callable[[object], Any]) -> Found:
     """The same for lines of bytes; blank ones are passed over."""
     for number, line in enumerate(lines, 1):
-        line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
         if line.strip():
             found = parse(line.rstrip(b"\r\n"), write)
-            yield Problem(number, *found) if isinstance(found, tuple) else (number, found)
+            yield found._replace(line=number) if isinstance(found, Problem) else (number, found)
 
 
-def parse(line: bytes, write: Callable[[object], str]) -> str | tuple[str, str]:
-    """A line's text, or (what is wrong, the text around it)."""
+def parse(line: bytes, write: Callable[[object], Any]) -> Any | Problem:
+    """What `write` makes of a line's row, or what is wrong with the line; its number is the caller's to say."""
     try:
         return write(read_row(line.decode()))
     except DataError as error:
-        return error.what, around(line, 0)
+        return Problem(1, error.what, around(line, 0))
     except UnicodeDecodeError as error:
         return undecodable(line, error.start)
     except json.JSONDecodeError as error:
         at = len(error.doc[:error.pos].encode())
-        return f"this is not JSON: {error.msg}, column {error.colno}{quotes(error.doc)}", around(line, at)
+        what = f"this is not JSON: {error.msg}, column {error.colno}{quotes(error.doc)}"
+        return Problem(1, what, around(line, at))
     except (ValueError, RecursionError) as error:
-        return f"this is not JSON that can be read: {error}", around(line, 0)
+        return Problem(1, f"this is not JSON that can be read: {error}", around(line, 0))
 
 
 def _row(fields: list[tuple[str, object]]) -> dict:
@@ -135,18 +149,21 @@ read_row = json.JSONDecoder(object_pairs_hook=_row).decode  # json.loads would k
 
 def quotes(text: str) -> str:
     """A hint where the quotes around names and values are the wrong ones; else ""."""
-    hints = ("'", "double quotes (\"), not single ones (')"), ("[“”„‟«＂]", 'straight quotes ("), not curly ones (“”)')
-    return next((f"; JSON needs {told}" for quote, told in hints if re.match(rf"\s*\{{\s*{quote}", text)), "")
+    if re.match(r"\s*\{\s*'", text):
+        return "; JSON needs double quotes (\"), not single ones (')"
+    if re.match(r"\s*\{\s*[“”„‟«＂]", text):
+        return '; JSON needs straight quotes ("), not curly ones (“”)'
+    return ""
 
 
-def undecodable(data: bytes, at: int, encoding: str = "utf-8") -> tuple[str, str]:
-    """(what is wrong with byte `at`, the text around it in the encoding that the data probably is in)."""
+def undecodable(data: bytes, at: int, encoding: str = "utf-8") -> Problem:
+    """That byte `at` cannot be read, with its line, and the text around it in the encoding it probably is in."""
     start = data.rfind(b"\n", 0, at) + 1
     line = data[start:].partition(b"\n")[0]
     likely = likely_encoding(line) if encoding == "utf-8" else "UTF-8"
     text, before = (part.decode(likely, "replace").encode() for part in (line, line[:at - start]))
     what = f"byte {at + 1} is not {encoding.upper()} ({likely} perhaps): save the file as UTF-8"
-    return what, around(text, len(before))
+    return Problem(data.count(b"\n", 0, at) + 1, what, around(text, len(before)))
 
 
 def likely_encoding(data: bytes) -> str:
@@ -175,7 +192,12 @@ def around(line: bytes, at: int, width: int = 30) -> str:
 def scan_text(path: Path, encoding: str) -> Found:
     """A plain text file: one document. encoding: "utf-8" or "utf-16le"; a byte-order mark is passed over."""
     text = _text(path, encoding)
-    yield text if isinstance(text, Problem) else (1, text) if text.strip() else EMPTY
+    if isinstance(text, Problem):
+        yield text
+    elif text.strip():
+        yield 1, text
+    else:
+        yield EMPTY
 
 
 def _text(path: Path, encoding: str = "utf-8") -> str | Problem:
@@ -184,27 +206,27 @@ def _text(path: Path, encoding: str = "utf-8") -> str | Problem:
     try:
         return data.decode(encoding).removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        return Problem(data.count(b"\n", 0, error.start) + 1, *undecodable(data, error.start, encoding))
+        return undecodable(data, error.start, encoding)
 
 
 def scan_table(path: Path, data: DataSettings) -> Found:
     """Rows of a .json, .jsonl, .csv or .parquet file, of such a file named after the split in a folder, or of a data
     set by its name, which the `datasets` package loads (from the mirror that HF_ENDPOINT names, where it is set)."""
-    name, *bounds = parse_split(data.sft_split)
+    name, start, stop = parse_split(data.sft_split)
     write = row_writer(data)
     if path.is_dir():
         path = next((path / (name + suffix) for suffix in TABLES if (path / (name + suffix)).is_file()), path)
     if path.suffix.lower() == ".jsonl" and path.is_file():
         found = list(scan_jsonl(path, write))
-    elif isinstance(rows := _rows(path, data.sft_split), Problem):
-        yield rows
-        return
     else:
+        rows = _rows(path, data.sft_split)
+        if isinstance(rows, Problem):
+            yield rows
+            return
         found = [_written(number, row, write) for number, row in enumerate(rows, 1)]
     # A data set by its name is sliced already; a problem of the whole file (line 0) stays whatever the slice.
     if path.is_file() and found and found[0][0]:
-        found = found[slice(*(len(found) * int(part[:-1]) // 100 if part[-1:] == "%" else int(part) if part else None
-                              for part in bounds))]
+        found = found[_bound(start, len(found)):_bound(stop, len(found))]
     yield from found or [Problem(0, f"no row is left of {data.sft_split}")]
 
 
@@ -214,6 +236,15 @@ def parse_split(split: str) -> tuple[str, str, str]:
     if not match:
         raise SettingsError(f"sft_split cannot be {split!r}", where="sft_split", fix="write it like train[:1000]")
     return match.groups("")
+
+
+def _bound(text: str, n: int) -> int | None:
+    """One of parse_split's bounds as the index of a list of n."""
+    if not text:
+        return None
+    if text.endswith("%"):
+        return n * int(text[:-1]) // 100
+    return int(text)
 
 
 def _written(number: int, row, write) -> tuple[int, str] | Problem:
@@ -226,18 +257,19 @@ def _written(number: int, row, write) -> tuple[int, str] | Problem:
 def _rows(path: Path, split: str) -> Iterable | Problem:
     kind = path.suffix.lower()
     try:
-        if kind in (".csv", ".json"):
-            text = _text(path)
-            if isinstance(text, Problem):
-                return text
-            if kind == ".csv":
-                return list(csv.DictReader(io.StringIO(text, newline="")))
-            rows = json.loads(text)
-            rows = rows.get("data") if isinstance(rows, dict) else rows
-            return rows if isinstance(rows, list) else Problem(0, "it is no list of rows")
         if kind == ".parquet":
             return extra("pyarrow.parquet", "datasets").read_table(path).to_pylist()
-        return extra("datasets", "datasets").load_dataset(str(path), split=split)
+        if kind not in (".csv", ".json"):
+            return extra("datasets", "datasets").load_dataset(str(path), split=split)
+        text = _text(path)
+        if isinstance(text, Problem):
+            return text
+        if kind == ".csv":
+            return list(csv.DictReader(io.StringIO(text, newline="")))
+        rows = json.loads(text)
+        if isinstance(rows, dict):
+            rows = rows.get("data")
+        return rows if isinstance(rows, list) else Problem(0, "it is no list of rows")
     except json.JSONDecodeError as error:
         return Problem(error.lineno, f"this is not JSON: {error.msg}, column {error.colno}; where each line is a row, "
                        "rename it to .jsonl")

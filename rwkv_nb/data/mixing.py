@@ -3,8 +3,6 @@
 Only indices are made; the documents stay where they are.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,18 +15,20 @@ class Selection(Sequence):
 
     def __init__(self, sources: Sequence[Sequence], index: np.ndarray, notice: str = ""):
         self._sources, self._index = sources, index
-        self._ends = np.cumsum([len(source) for source in sources])
+        self._starts = np.cumsum([0, *(len(source) for source in sources)])[:-1]
         self.sizes = np.concatenate([source.sizes for source in sources])[index]
         self.source = " + ".join(source.source for source in sources)
-        self.notices = [*(told for source in sources for told in source.notices), *([notice] if notice else [])]
+        self.notices = [told for source in sources for told in source.notices]
+        if notice:
+            self.notices.append(notice)
 
     def __len__(self) -> int:
         return len(self._index)
 
     def __getitem__(self, i: int):
         place = int(self._index[range(len(self))[i]])
-        which = int(np.searchsorted(self._ends, place, side="right"))
-        return self._sources[which][place - (int(self._ends[which - 1]) if which else 0)]
+        which = int(np.searchsorted(self._starts, place, side="right")) - 1
+        return self._sources[which][place - int(self._starts[which])]
 
 
 def split(documents: Sequence, share: float, seed: int) -> tuple[Sequence, Sequence]:

@@ -1,7 +1,5 @@
 """From a data file of any type to documents: tokens and, from the template, which of them are trained."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 from collections.abc import Iterator, Sequence
@@ -123,7 +121,9 @@ def scan(found: DataFile, data: DataSettings) -> Found:
     data = dataclasses.replace(data, data_type=found.data_type)
     if found.data_type == "jsonl":
         return scan_jsonl(found.path, row_writer(data))
-    return scan_table(found.path, data) if found.data_type == "sft" else scan_text(found.path, found.data_type)
+    if found.data_type == "sft":
+        return scan_table(found.path, data)
+    return scan_text(found.path, found.data_type)
 
 
 def read_jsonl(path: str | Path, data: DataSettings = DEFAULTS) -> Iterator[tuple[int, str]]:
@@ -138,8 +138,10 @@ def read_array(path: Path, data_type: str) -> Slices:
     """Documents of token ids in a .npy file or of raw uint16: one row, cut behind its 0s, or a row each; of the 0s that
     pad a row, the first closes it and the others are left out."""
     try:
-        tokens = np.load(path, mmap_mode="r", allow_pickle=False) if data_type == "numpy" else np.memmap(
-            path, dtype="<u2", mode="r")
+        if data_type == "numpy":
+            tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+        else:
+            tokens = np.memmap(path, dtype="<u2", mode="r")
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f"it cannot be read as {data_type}: {error}", where=path, fix=SAVE) from error
     if tokens.dtype.kind not in "iu" or tokens.ndim not in (1, 2) or not tokens.size:
@@ -150,7 +152,8 @@ def read_array(path: Path, data_type: str) -> Slices:
         used = (width - (tokens[:, ::-1] != 0).argmax(1)) * tokens.any(1)
         return Slices(tokens.reshape(-1), np.arange(n) * width, np.minimum(used + 1, width))
     stops = np.flatnonzero(tokens == 0) + 1
-    stops = stops if stops.size and stops[-1] == len(tokens) else np.append(stops, len(tokens))
+    if not stops.size or stops[-1] != len(tokens):
+        stops = np.append(stops, len(tokens))
     return Slices(tokens, np.concatenate([[0], stops[:-1]]), np.diff(stops, prepend=0))
 
 
@@ -179,24 +182,25 @@ def find_data_file(path: str | Path, data_type: str = "auto") -> DataFile:
     path = Path(path)
     if path.is_file() or data_type == "dummy":
         return DataFile(path, _kind(path, data_type))
-    fitting = [DataFile(candidate, kind) for kind, candidate in (
-        ("jsonl", path.with_name(path.name + ".jsonl")),
-        ("binidx", path.with_name(path.name + ".bin")),
-        ("binidx", path.with_name(path.name + "_text_document.bin")),
-    ) if path.name and candidate.is_file() and data_type in ("auto", kind)]
-    if not fitting and data_type == "sft" and "sft" not in KINDS.get(path.suffix.lower(), ()):
-        return DataFile(path, "sft")
-    if not fitting:
-        if path.is_dir():
-            raise DataError("this is a folder", where=os.path.abspath(path), fix="name a file in it")
-        here = [p.name for p in path.absolute().parent.glob("*") if p.is_file() and p.suffix.lower() in KINDS]
-        raise DataError("there is no such data file" + f" of type {data_type}" * (data_type != "auto"),
-                        where=os.path.abspath(path), fix=did_you_mean(path.name, here, "check the name and the folder"))
+    fitting = []
+    for kind, ending in (("jsonl", ".jsonl"), ("binidx", ".bin"), ("binidx", "_text_document.bin")):
+        candidate = Path(f"{path}{ending}")
+        if data_type in ("auto", kind) and candidate.is_file():
+            fitting.append(DataFile(candidate, kind))
     if len(fitting) > 1:
         names = ", ".join(f.path.name for f in fitting)
         return fitting[0]._replace(notice=f"{names} all fit {path.name!r}: {fitting[0].path.name} is read; "
                                           "give a suffix to choose another")
-    return fitting[0]
+    if fitting:
+        return fitting[0]
+    if data_type == "sft" and "sft" not in KINDS.get(path.suffix.lower(), ()):
+        return DataFile(path, "sft")
+    if path.is_dir():
+        raise DataError("this is a folder", where=os.path.abspath(path), fix="name a file in it")
+    here = [p.name for p in path.absolute().parent.glob("*") if p.is_file() and p.suffix.lower() in KINDS]
+    kind = "" if data_type == "auto" else f" of type {data_type}"
+    raise DataError(f"there is no such data file{kind}", where=os.path.abspath(path),
+                    fix=did_you_mean(path.name, here, "check the name and the folder"))
 
 
 def _kind(path: Path, data_type: str) -> str:

@@ -4,13 +4,10 @@ Tensors: `blocks.0.att.key.lora_A` [R,in], `….lora_B` [out,R], and trained par
 fp32. Nobody retypes alpha: it is in the file. Other programs' adapters are read as well (lora.foreign).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,58 +15,17 @@ import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ..config import LoraSettings
 from ..errors import AdapterError, CheckpointError, SettingsError
 from ..model.ai00 import read_safetensors
 from ..model.checkpoint import misfits
 from ..model.shape import Shape
-from ..runs import write_bytes
+from ..runs import Run, write_bytes
 from .foreign import CONFIG, PICKLED, check_alpha, read_foreign
 from .layers import attach, endings, lora_layers, matching
+from .meta import Adapter, AdapterMeta
 from .parts import part_values, trained_parts
 
 FORMAT, VERSION = "rwkv_nb", 1
-
-
-@dataclass(frozen=True)
-class AdapterMeta:
-    """What an adapter file says about itself; another program's says nothing of its base."""
-
-    r: int
-    lora_alpha: float
-    target_modules: tuple[str, ...]
-    base_shape: Shape | None = None
-    base_fingerprint: str = ""
-    base_name: str = ""        # the base's file name, for people
-    template: str = ""
-    tokenizer: str = ""
-    epoch: int = 0
-    step: int = 0
-    quant: str = "none"        # how the base was held meanwhile
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """An adapter file in memory. tensors: lora_A and lora_B by key, fp32, on the CPU."""
-
-    tensors: dict[str, Tensor]
-    meta: AdapterMeta
-    path: Path
-
-    @property
-    def scale(self) -> float:
-        """α/R"""
-        return self.meta.lora_alpha / self.meta.r
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """Parameters of the base that were trained beside it."""
-        return tuple(key for key in self.tensors if not key.endswith((".lora_A", ".lora_B")))
-
-    def lora_settings(self) -> LoraSettings:
-        """What attach() needs."""
-        m = self.meta
-        return LoraSettings(m.r, m.lora_alpha, target_modules=m.target_modules, train_parts=self.parts)
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -86,13 +42,13 @@ def set_adapter_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None
         part.use()
 
 
-def save_adapter(path: str | Path, model: nn.Module, lora: LoraSettings, *, base_path: str | Path,
-                 base_fingerprint: str, template: str, tokenizer: str, epoch: int, step: int,
-                 quant: str = "none") -> None:
-    """Write the adapter that `model` got from attach(), whole. Raises RunError when the disk is full."""
-    targets = tuple(lora.target_modules) or endings(lora_layers(model))
-    meta = AdapterMeta(lora.r, float(lora.lora_alpha), targets, model.shape, base_fingerprint, Path(base_path).name,
-                       template, tokenizer, epoch, step, quant)
+def save_adapter(path: str | Path, model: nn.Module, meta: AdapterMeta) -> None:
+    """Write the adapter that `model` got from attach(), whole; no target_modules in meta are all that have one.
+
+    Raises RunError when the disk is full.
+    """
+    meta = dataclasses.replace(meta, lora_alpha=float(meta.lora_alpha),
+                               target_modules=meta.target_modules or endings(lora_layers(model)))
     words = {k: json.dumps(v) for k, v in dataclasses.asdict(meta).items()}
     tensors = {k: v.cpu().contiguous() for k, v in adapter_tensors(model).items()}
     data = save(tensors, metadata={"format": FORMAT, "version": str(VERSION), **words})
@@ -100,22 +56,25 @@ def save_adapter(path: str | Path, model: nn.Module, lora: LoraSettings, *, base
 
 
 def load_adapter(path: str | Path, lora_alpha: float | None = None) -> Adapter:
-    """Read an adapter: ours, RWKV-PEFT's .pth, or a file or folder of Hugging Face's peft library.
+    """Read an adapter: ours, the last one of a run's folder, RWKV-PEFT's .pth, or a file or folder of Hugging Face's
+    peft library.
 
     lora_alpha: required for a file that does not say its own; another than the file says is refused.
-    Raises AdapterError for one that is absent, cut off, damaged or of another kind.
+    Raises AdapterError for one that is absent, cut off, damaged or of another kind, RunError for a run that has none.
     """
     path = Path(path)
-    if not (path.is_file() or (path / CONFIG).is_file()):
+    if not path.exists():
         raise AdapterError("there is no such file", where=path, fix="train first, or check the adapter's path")
+    if path.is_dir() and not (path / CONFIG).is_file():
+        path = Run(path).last_adapter()
     if path.is_dir() or path.suffix in PICKLED:
-        return _foreign(path, lora_alpha)
+        return read_foreign(path, lora_alpha)
     try:
         tensors, words = read_safetensors(path)
     except CheckpointError as error:
         raise AdapterError(error.what, where=path, fix="copy it again, or use an adapter saved earlier") from error
     if any(key.endswith(".lora_A.weight") for key in tensors):
-        return _foreign(path, lora_alpha)
+        return read_foreign(path, lora_alpha)
     if (words.get("format"), words.get("version")) != (FORMAT, str(VERSION)):
         raise AdapterError(f"this is not an adapter of {FORMAT}, format {VERSION} (it says {words.get('format')!r}, "
                            f"{words.get('version')!r})", where=path, fix="use an adapter-*.safetensors file of a run")
@@ -126,11 +85,6 @@ def load_adapter(path: str | Path, lora_alpha: float | None = None) -> Adapter:
             raise AdapterError("holds values that are not finite fp32 numbers", where=f"{path}: {key}",
                                fix="use an adapter saved earlier")
     return Adapter(tensors, meta, path)
-
-
-def _foreign(path: Path, lora_alpha: float | None) -> Adapter:
-    f = read_foreign(path, lora_alpha)
-    return Adapter(f.tensors, AdapterMeta(f.r, f.lora_alpha, f.linears), path)
 
 
 def _read_meta(words: Mapping[str, str], path: Path) -> AdapterMeta:
@@ -162,7 +116,8 @@ def check_adapter(adapter: Adapter, shape: Shape, fingerprint: str, *, allow_oth
     if meta.base_shape not in (shape, None):
         sizes = [f"{s.version}, {s.n_layer} layers of {s.n_embd}, {s.vocab_size} tokens"
                  for s in (meta.base_shape, shape)]
-        sizes = sizes if sizes[0] != sizes[1] else [str(meta.base_shape), str(shape)]
+        if sizes[0] == sizes[1]:
+            sizes = [str(meta.base_shape), str(shape)]
         raise AdapterError(f"this adapter was trained on {meta.base_name} ({sizes[0]}); this base is {sizes[1]}",
                            where=adapter.path, fix=f"load {meta.base_name}")
     if meta.base_fingerprint not in (fingerprint, "") and not allow_other_base:
@@ -202,13 +157,17 @@ def combine(adapters: Sequence[Adapter], strengths: Sequence[float], base: Mappi
     base: its weights; trained parts are moved from there, by strength. Raises SettingsError for a negative strength
     where an adapter has parts: what they were before is not in the file.
     """
-    r, tensors = sum(a.meta.r for a in adapters), {}
+    r, tensors = sum(adapter.meta.r for adapter in adapters), {}
     pairs = list(zip(adapters, strengths, strict=True))
-    names = list(dict.fromkeys(k.removesuffix(".lora_A") for a in adapters for k in a.tensors if k.endswith("lora_A")))
-    for name in names:
-        halves = [(a.tensors[f"{name}.lora_A"], a.tensors[f"{name}.lora_B"] * (a.scale * s))
-                  for a, s in pairs if f"{name}.lora_A" in a.tensors]
-        A, B = torch.cat([A for A, _ in halves]), torch.cat([B for _, B in halves], 1)
+    halves: dict[str, list[tuple[Tensor, Tensor]]] = {}     # by linear: each adapter's A, and its B with its scale
+    for adapter, s in pairs:
+        for key, A in adapter.tensors.items():
+            if key.endswith(".lora_A"):
+                name = key.removesuffix(".lora_A")
+                B = adapter.tensors[f"{name}.lora_B"] * (adapter.scale * s)
+                halves.setdefault(name, []).append((A, B))
+    for name, each in halves.items():
+        A, B = torch.cat([A for A, _ in each]), torch.cat([B for _, B in each], 1)
         tensors[f"{name}.lora_A"] = F.pad(A, (0, 0, 0, r - len(A)))
         tensors[f"{name}.lora_B"] = F.pad(B, (0, r - B.shape[1]))
     for adapter, s in pairs:
@@ -219,5 +178,5 @@ def combine(adapters: Sequence[Adapter], strengths: Sequence[float], base: Mappi
             old, new = base[key].float(), adapter.tensors[key]
             tensors[key] = tensors[key] + s * (new - old) if key in tensors else torch.lerp(old, new, s)
     quant = next((a.meta.quant for a in adapters if a.meta.quant != "none"), "none")
-    meta = dataclasses.replace(adapters[0].meta, quant=quant, r=r, lora_alpha=float(r), target_modules=tuple(names))
+    meta = dataclasses.replace(adapters[0].meta, quant=quant, r=r, lora_alpha=float(r), target_modules=tuple(halves))
     return Adapter(tensors, meta, adapters[0].path)

@@ -4,36 +4,26 @@ Older:  `blocks.0.att.key.lora_A` [R,in], `….lora_B` [out,R], and layer norms 
 Newer:  `base_model.model.blocks.0.att.key.lora_A.weight`, with r and alpha in adapter_config.json beside the file.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re
 from pathlib import Path
-from typing import NamedTuple
-
-from torch import Tensor
 
 from ..errors import AdapterError, CheckpointError
 from ..model import load_weights
+from .meta import Adapter, AdapterMeta
 
 CONFIG, PICKLED = "adapter_config.json", (".pth", ".pt", ".bin")
 _PREFIX = re.compile(r"^(base_model\.model\.|model\.)+")
 _HALF = re.compile(r"(.+)\.(lora_[AB])(?:\.default)?(?:\.weight)?")
 
 
-class Foreign(NamedTuple):
-    """What such a file holds, under our names; tensors are fp32."""
+def read_foreign(path: Path, lora_alpha: float | None = None) -> Adapter:
+    """What such a file holds, under our names. path: the file, or peft's folder.
 
-    tensors: dict[str, Tensor]
-    r: int
-    lora_alpha: float
-    linears: tuple[str, ...]
-
-
-def read_foreign(path: Path, lora_alpha: float | None = None) -> Foreign:
-    """path: the file, or peft's folder. Raises AdapterError where alpha is neither there nor given."""
-    folder = path if path.is_dir() else path.parent
+    Raises AdapterError where alpha is neither there nor given.
+    """
+    where, folder = path, path if path.is_dir() else path.parent
     if path.is_dir():
         path = next((p for p in sorted(path.glob("adapter_model.*")) if p.suffix in (".safetensors", ".bin")),
                     path / "adapter_model.safetensors")
@@ -59,7 +49,7 @@ def read_foreign(path: Path, lora_alpha: float | None = None) -> Foreign:
     r = ranks.pop()
     hugging_face = any(key.endswith(".weight") and "lora_" in key for key in raw)
     config = folder / CONFIG if hugging_face and (folder / CONFIG).is_file() else None
-    return Foreign(tensors, r, _alpha(config, r, lora_alpha, path), linears)
+    return Adapter(tensors, AdapterMeta(r, _alpha(config, r, lora_alpha, path), linears), where)
 
 
 def is_adapter(path: str | Path) -> bool:

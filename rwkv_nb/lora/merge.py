@@ -1,7 +1,5 @@
 """Merging: W + Σ strength · α/R · B A for every adapted linear, written as one complete model, with a proof."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,9 +11,10 @@ from torch import Tensor
 from ..errors import SettingsError
 from ..model import fingerprint, load_model, load_weights, read_shape, save_weights
 from ..model.checkpoint import check_keys
-from ..model.streaming import Progress, cast
+from ..model.streaming import Progress, cast, unseen
 from ..runs import check_disk, check_output
-from .adapter import Adapter, apply_adapter, check_adapter, combine, load_adapter
+from .adapter import apply_adapter, check_adapter, combine, load_adapter
+from .meta import Adapter
 
 # Largest logit difference that counts as rounding: a part of what the adapter does, and a part of the largest logit
 # for the arithmetic of the comparison itself (fp32, or the file's own dtype for a large model).
@@ -48,11 +47,14 @@ class Proof:
         return self.same_keys and self.others_untouched and self.logit_difference <= self.tolerance
 
     def __str__(self) -> str:
+        lines = [f"merged {self.merged_layers} layers into {self.path} ({self.dtype})"]
+        if self.parts:
+            lines[0] += f", with {self.parts} trained norms and the like"
+        if self.quant != "none":
+            lines.append(f"  trained on a base in {self.quant}, merged into the original: it may score a little lower, "
+                         "judge it")
         return "\n".join([
-            f"merged {self.merged_layers} layers into {self.path} ({self.dtype})"
-            + (f", with {self.parts} trained norms and the like" if self.parts else "")
-            + (f"\n  trained on a base in {self.quant}, merged into the original: it may score a little lower, judge it"
-               if self.quant != "none" else ""),
+            *lines,
             f"  reloads, with the base's keys, order and shapes: {self.same_keys}",
             f"  all other tensors as in the base, bit for bit: {self.others_untouched}",
             f"  largest change of a weight: {self.largest_weight_change:.3g}",
@@ -65,7 +67,7 @@ class Proof:
 
 def merge(base_path: str | Path, adapter_path: str | Path | Sequence[str | Path], out_path: str | Path, *,
           strength: float | Sequence[float] = 1.0, dtype: torch.dtype | None = None, lora_alpha: float | None = None,
-          prove: bool = True, allow_other_base: bool = False, progress: Progress | None = None) -> Proof | None:
+          prove: bool = True, allow_other_base: bool = False, progress: Progress = unseen) -> Proof | None:
     """Write the base with one adapter or several in it as one .pth; returns what was proved of the written file.
 
     strength: one for all adapters, or one each; -1 takes an adapter out of a file that was merged with it
@@ -79,12 +81,13 @@ def merge(base_path: str | Path, adapter_path: str | Path | Sequence[str | Path]
     base_path, out_path = Path(base_path), Path(out_path)
     paths = [adapter_path] if isinstance(adapter_path, str | Path) else list(adapter_path)
     strengths = [strength] * len(paths) if isinstance(strength, int | float) else list(strength)
-    if not paths or len(strengths) != len(paths) or not all(map(math.isfinite, strengths)):
+    if not paths or len(strengths) != len(paths) or not all(math.isfinite(s) for s in strengths):
         raise SettingsError(f"strength cannot be {strength} for {len(paths)} adapters", where="strength",
                             fix="one number for all, or one each: 0 is the base, 1 as trained")
-    adapters, weights = [load_adapter(path, lora_alpha) for path in paths], load_weights(base_path)
+    adapters = [load_adapter(path, lora_alpha) for path in paths]
+    weights, base = load_weights(base_path), fingerprint(base_path)
+    shape = read_shape(weights)
     check_output(out_path, ".pth", base_path, *paths)
-    shape, base = read_shape(weights), fingerprint(base_path)
     check_keys(weights, shape, where=base_path)
     for adapter in adapters:
         check_adapter(adapter, shape, base, allow_other_base=allow_other_base)
@@ -110,27 +113,34 @@ def _changed(adapter: Adapter) -> set[str]:
 
 def _bytes(weights: dict[str, Tensor], adapter: Adapter, dtype: torch.dtype | None) -> int:
     """What the disk must hold: the result, and once more the tensors that change, which wait beside it."""
-    changed = _changed(adapter)
-    return sum(v.numel() * (dtype or v.dtype).itemsize * (1 + (key in changed or dtype not in (None, v.dtype)))
-               for key, v in weights.items())
+    changed, need = _changed(adapter), 0
+    for key, tensor in weights.items():
+        size = tensor.numel() * (dtype or tensor.dtype).itemsize
+        waits = key in changed or dtype not in (None, tensor.dtype)
+        need += 2 * size if waits else size
+    return need
 
 
 def _prove(base_path: Path, weights: dict[str, Tensor], adapter: Adapter, out_path: Path, dtype: torch.dtype | None
            ) -> Proof:
     written, changed = load_weights(out_path), sorted(_changed(adapter))
-    same = list(written) == list(weights) and all(
+    same_keys = list(written) == list(weights) and all(
         (v.shape, v.dtype) == (weights[k].shape, dtype or weights[k].dtype) for k, v in written.items())
-    change = max((written[k].float().sub_(weights[k])).abs_().max().item() for k in changed)
-    untouched = all(torch.equal(written[k], W.to(written[k].dtype)) for k, W in weights.items() if k not in changed)
     own, out = weights[changed[0]].dtype, written[changed[0]].dtype
     compared = torch.float32 if read_shape(weights).n_params() <= IN_FP32 else own
     before, after = _logits(base_path, compared, adapter)
     merged, = _logits(out_path, compared)
     largest, effect = after.abs().max().item(), (after - before).abs().max().item()
     coarsest = max(OF_LOGIT[compared], OF_LOGIT[out] if out != own else 0)
-    return Proof(out_path, len(changed) - len(adapter.parts), len(adapter.parts), str(out).removeprefix("torch."),
-                 change, same, untouched, largest, effect, (merged - after).abs().max().item(), adapter.meta.quant,
-                 OF_EFFECT * effect + coarsest * largest)
+    return Proof(
+        path=out_path, merged_layers=len(changed) - len(adapter.parts), parts=len(adapter.parts),
+        dtype=str(out).removeprefix("torch."),
+        largest_weight_change=max((written[k].float().sub_(weights[k])).abs_().max().item() for k in changed),
+        same_keys=same_keys,
+        others_untouched=all(torch.equal(written[k], W.to(written[k].dtype)) for k, W in weights.items()
+                             if k not in changed),
+        largest_logit=largest, logit_effect=effect, logit_difference=(merged - after).abs().max().item(),
+        quant=adapter.meta.quant, tolerance=OF_EFFECT * effect + coarsest * largest)
 
 
 @torch.no_grad()

@@ -3,8 +3,6 @@
 Source: web-rwkv's converter and loader. A file under the original names and orientation is read as well.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from pathlib import Path

@@ -18,7 +18,7 @@ from ..runs import atomic_path
 from .ai00 import from_ai00, read_safetensors
 from .rwkv import RWKV
 from .shape import Shape, read_shape
-from .streaming import Change, Progress, WatchedFile, parked
+from .streaming import Change, Progress, WatchedFile, parked, unseen
 
 SAFETENSORS = (".st", ".safetensors")
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by precision
@@ -69,7 +69,7 @@ def _in_original_form(path: Path) -> dict[str, Tensor]:
 
 
 def save_weights(path: str | Path, weights: Mapping[str, Tensor], *, change: Change | None = None,
-                 progress: Progress | None = None) -> None:
+                 progress: Progress = unseen) -> None:
     """Write a .pth whole: contiguous tensors on the CPU, each with storage of its own, in the order given.
 
     change: (key, tensor) → what is written in its place; one tensor at a time is in memory (model.streaming).

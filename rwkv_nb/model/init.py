@@ -1,8 +1,6 @@
 """Initial values as RWKV's authors publish them (RWKV-LM: train_temp, and rwkv_v6_demo for v6 and v5; arXiv 2503.14456,
 appendix)."""
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -40,13 +38,19 @@ def _init_older(att, ffn, shape, layer: int, generator) -> None:
     n = torch.arange(C)
     ramp = n / (C - 1)
     for part, name in [(att, c) for c in ("xwkvrg" if new else "kvrg")] + [(ffn, "k"), (ffn, "r")]:
-        own = (n / C) ** (towards_0 * (0.5 if part is att and name in "rg" else 1)) + 0.3 * from_0 * (name == "v")
-        getattr(part, f"time_maa_{name}" if new else f"time_mix_{name}").copy_(1 - own if new else own)
+        power = 0.5 if part is att and name in "rg" else 1
+        own = (n / C) ** (towards_0 * power)
+        if name == "v":
+            own += 0.3 * from_0
+        if new:
+            getattr(part, f"time_maa_{name}").copy_(1 - own)
+        else:
+            getattr(part, f"time_mix_{name}").copy_(own)
     att.time_decay.copy_((-6 + 5 * ramp ** (0.7 + 1.3 * from_0)).view_as(att.time_decay))
     att.time_faaaa.copy_((from_0 * (1 - ramp) + 0.1 * ((n + 1) % 3 - 1)).view_as(att.time_faaaa))
-    for name in ("time_maa_w2", "time_decay_w2") if new else ():
-        parameter = getattr(att, name)
-        parameter.copy_(_uniform(parameter.shape, 0.01, generator))
+    if new:
+        for parameter in (att.time_maa_w2, att.time_decay_w2):
+            parameter.copy_(_uniform(parameter.shape, 0.01, generator))
     for linear, gain in ((att.receptance, 1), (att.key, 0.1), (att.value, 1), (att.gate, 0.1), (ffn.key, 1)):
         linear.weight.copy_(_orthogonal(linear.weight.shape, gain, generator))
 

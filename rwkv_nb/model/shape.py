@@ -1,7 +1,5 @@
 """What a checkpoint's keys and sizes say about the model: nobody types n_layer by hand."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -139,7 +137,9 @@ def detect_version(keys: Iterable[str]) -> str:
         return any(part in key for key in keys)
 
     if has("att.r_k"):
-        return "x070b" if has(".qkv.") else "x070a" if has("ffn.s_emb") else "x070"
+        if has(".qkv."):
+            return "x070b"
+        return "x070a" if has("ffn.s_emb") else "x070"
     if has("att.time_maa"):
         return "x060"
     if has("att.time_mix") and has("att.gate"):
@@ -158,7 +158,8 @@ def read_shape(weights: Mapping) -> Shape:
     if version not in NAMES:
         raise CheckpointError(f"this is an {_NOT_YET[version]}, {version}, which is not supported yet",
                               fix=f"use a base of {', '.join(f'{n} ({v})' for v, n in NAMES.items())}")
-    layers = 1 + max((int(n[1]) for n in (re.match(r"blocks\.(\d{1,18})\.", key) for key in weights) if n), default=0)
+    numbered = [re.match(r"blocks\.(\d{1,18})\.", key) for key in weights]
+    layers = 1 + max((int(found[1]) for found in numbered if found), default=0)
     if layers > len(weights):
         raise CheckpointError(f"it has a block {layers - 1} and {len(weights)} tensors", where=f"blocks.{layers - 1}",
                               fix="use a whole, unchanged base model")

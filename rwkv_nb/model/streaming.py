@@ -1,7 +1,5 @@
 """A model's tensors changed and written one at a time, whatever its size: memory holds one of them, a file the rest."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import mmap
@@ -18,9 +16,13 @@ Change = Callable[[str, Tensor], Tensor]
 Progress = Callable[[int, int], None]   # bytes done, bytes in all
 
 
+def unseen(done: int, total: int) -> None:
+    """Progress that nobody looks at."""
+
+
 @contextlib.contextmanager
 def parked(weights: Mapping[str, Tensor], folder: Path, change: Change | None = None,
-           progress: Progress | None = None) -> Iterator[dict[str, Tensor]]:
+           progress: Progress = unseen) -> Iterator[dict[str, Tensor]]:
     """The tensors, changed, contiguous on the CPU, each with storage of its own.
 
     Those that were that already stay what they are (such as memory-mapped weights); the others lie in an unnamed
@@ -34,8 +36,7 @@ def parked(weights: Mapping[str, Tensor], folder: Path, change: Change | None = 
             if not ready or new.untyped_storage().nbytes() != new.nbytes:
                 places[key] = (_append(new, file), new.dtype, new.shape)
             done += old.nbytes
-            if progress:
-                progress(done, 2 * total)   # the other half is writing
+            progress(done, 2 * total)   # the other half is writing
         # mapped at the end: small lasting objects between large passing ones would make the heap grow and grow
         file.flush()
         data = mmap.mmap(file.fileno(), 0) if places else b""
@@ -56,14 +57,13 @@ def _mapped(data: mmap.mmap, start: int, dtype: torch.dtype, shape: torch.Size) 
 class WatchedFile(io.BufferedWriter):
     """A new file that reports how much of `total` bytes is written, as the second half of the work."""
 
-    def __init__(self, path: Path, total: int, progress: Progress | None):
+    def __init__(self, path: Path, total: int, progress: Progress = unseen):
         super().__init__(io.FileIO(path, "w"))
         self.total, self.done, self.progress = total, 0, progress
 
     def write(self, data) -> int:
         self.done += len(data)
-        if self.progress:
-            self.progress(self.total + min(self.done, self.total), 2 * self.total)
+        self.progress(self.total + min(self.done, self.total), 2 * self.total)
         return super().write(data)
 
 

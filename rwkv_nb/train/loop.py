@@ -29,6 +29,7 @@ from ..generate import generate
 from ..lora.adapter import adapter_tensors, save_adapter, set_adapter_tensors
 from ..lora.layers import adapter_parameters, attach, set_dropout_step, strength
 from ..lora.merge import merge
+from ..lora.meta import AdapterMeta
 from ..lora.parts import trained_parts
 from ..loss import head_loss
 from ..model import DTYPES, fingerprint, load_model
@@ -153,7 +154,7 @@ class Trainer:
         """What the adapter writes, or the base without it; all processes call this."""
         with strength(self.model, 0) if base else contextlib.nullcontext():
             return self.optimizer.compute(lambda: generate(self.model, self.tokenizer, prompts, max_tokens=max_tokens,
-                                                           op=self.op))
+                                                           template=self.settings.data.template, op=self.op))
 
     def train_step(self, live: LiveSettings, before_update: Callable[[], None] = lambda: None) -> dict:
         """One optimizer step under `live`; returns its row of metrics.
@@ -265,9 +266,10 @@ class Trainer:
                 raise TrainingError("the adapter holds values that are not numbers, and was not saved",
                                     where=f"step {self.step}", fix=_NOT_A_NUMBER)
             if not self.ranks.rank:
-                save_adapter(files[0], self.model, s.lora, base_path=s.train.load_model, base_fingerprint=self.base,
-                             template=s.data.template, tokenizer=self.tokenizer.name, epoch=self.epoch, step=self.step,
-                             quant=s.train.quant)
+                save_adapter(files[0], self.model, AdapterMeta(
+                    s.lora.r, s.lora.lora_alpha, s.lora.target_modules, self.model.shape, self.base,
+                    Path(s.train.load_model).name, s.data.template, self.tokenizer.name, self.epoch, self.step,
+                    s.train.quant))
         if not self.ranks.rank and len(files) > 1:
             merge(s.train.load_model, *files, prove=False)
         return files

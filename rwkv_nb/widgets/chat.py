@@ -1,9 +1,6 @@
 """Notebook 06's chat: two or more models (or one at several strengths of its adapter) answer the same, side by side."""
 
-from __future__ import annotations
-
 import threading
-import time
 from collections.abc import Mapping
 from contextlib import nullcontext
 from html import escape
@@ -14,9 +11,10 @@ import ipywidgets as W
 from ..lora.layers import strength
 from ..model import RWKV
 from ..talk import Talk
+from .common import button, write_live
 from .panel_html import error_html
 
-PAINT, SHOWN = 0.5, 20_000  # seconds between two paints; characters of a talk that stay on the screen
+SHOWN = 20_000  # characters of a talk that stay on the screen
 THINKING = {"as trained": "", "thinking": "g1", "no thinking": "g1_nothink"}
 
 
@@ -46,9 +44,9 @@ class ChatPanel(W.VBox):
                                                                           "G1 models answer at once"])
         self.said = W.HTML()
         self._views = {name: W.HTML(layout={"width": "48%", "min_width": "300px"}) for name in columns}
-        buttons = [_button(*what) for what in (("Send", "paper-plane", self.send), ("Stop", "stop", self.stop),
-                                               ("New talk", "eraser", self.forget), ("Save", "save", self.save),
-                                               ("Restore", "folder-open", self.restore))]
+        buttons = [button("Send", self.send, icon="paper-plane"), button("Stop", self.stop, icon="stop"),
+                   button("New talk", self.forget, icon="eraser"), button("Save", self.save, icon="save"),
+                   button("Restore", self.restore, icon="folder-open")]
         controls = list(self.sampling.values())
         super().__init__([self.question, W.HBox([*buttons, self.said]), W.HBox(controls[:2]), W.HBox(controls[2:4]),
                           W.HBox([*controls[4:], self.thinking]), W.HBox(list(self._views.values()))])
@@ -80,7 +78,10 @@ class ChatPanel(W.VBox):
 
     def forget(self) -> None:
         """Begin a new talk."""
-        self._between(lambda name, talk: setattr(talk, "state", None), "a new talk")
+        def begin(name: str, talk: Talk) -> None:
+            talk.state = None
+
+        self._between(begin, "a new talk")
         self.texts = dict.fromkeys(self.texts, "")
         self._paint()
 
@@ -117,17 +118,14 @@ class ChatPanel(W.VBox):
                 self.said.value = error_html(error)
 
     def _write(self, name: str, pieces, question: str) -> None:
-        self.texts[name] = (self.texts[name] + f"\n\n▸ {question.strip()}\n").lstrip()[-SHOWN:]
-        painted, started, n = time.monotonic(), time.monotonic(), 0
-        for piece in pieces:
-            self.texts[name] += piece
-            n += 1
-            if time.monotonic() - painted > PAINT:
-                painted = time.monotonic()
-                self._paint(name, f"{n / (painted - started):.0f} pieces of text/s …")
-            if self._stop:
-                break
-        pieces.close()      # the talk remembers what was written
+        before = (self.texts[name] + f"\n\n▸ {question.strip()}\n").lstrip()[-SHOWN:]
+
+        def paint(text: str, speed: float) -> None:
+            self.texts[name] = before + text
+            self._paint(name, f"{speed:.0f} pieces of text/s …")
+
+        self.texts[name] = before
+        self.texts[name] += write_live(pieces, paint, lambda: self._stop)
         self._paint(name)
 
     def _paint(self, only: str = "", note: str = "") -> None:
@@ -141,9 +139,3 @@ class ChatPanel(W.VBox):
 def _slider(low: float, high: float, step: float, value: float, tooltip: str) -> W.FloatSlider:
     return W.FloatSlider(value, min=low, max=high, step=step, tooltip=tooltip, continuous_update=False,
                          style={"description_width": "95px"})
-
-
-def _button(name: str, icon: str, do) -> W.Button:
-    button = W.Button(description=name, icon=icon, layout={"width": "110px"})
-    button.on_click(lambda _: do())
-    return button

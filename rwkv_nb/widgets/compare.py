@@ -1,7 +1,5 @@
 """Runs side by side: the controls of 04_plot_loss."""
 
-from __future__ import annotations
-
 import html
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +9,7 @@ import numpy as np
 
 from ..errors import RunError
 from ..runs import Run
+from .common import button
 from .panel_html import rows_html
 from .plots import compare_figure, png
 
@@ -62,11 +61,10 @@ class ComparePanel(W.VBox):
         self.folder = Path(folder)
         self._choice = W.SelectMultiple(options=list(find_runs(folder)), layout=W.Layout(width="300px"))
         self._choice.value = [name for name in chosen if name in self._choice.options]
-        again = W.Button(description="Read again", icon="refresh", tooltip="Look for new runs and new steps")
+        again = button("Read again", self._read_again, icon="refresh", tooltip="Look for new runs and new steps")
         self._table, self._picture = W.HTML(), W.Image(format="png", layout=W.Layout(max_width="960px"))
         super().__init__([W.HBox([W.VBox([self._choice, again]), self._table]), self._picture])
         self._choice.observe(self._paint, "value")
-        again.on_click(self._read_again)
         self._paint()
 
     @property
@@ -75,7 +73,7 @@ class ComparePanel(W.VBox):
         runs = find_runs(self.folder)
         return {name: runs[name].metrics() for name in self._choice.value if name in runs}
 
-    def _read_again(self, _) -> None:
+    def _read_again(self) -> None:
         before = self._choice.value
         self._choice.options = list(find_runs(self.folder))
         self._choice.value = [name for name in before if name in self._choice.options]

@@ -5,8 +5,6 @@ The colours are translucent over the page's own, so that light and dark themes b
 below them too, for readers who do not tell the colours apart.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator, Sequence
 from html import escape
@@ -17,9 +15,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..data.convert import Progress
 from ..data.estimate import Fit, fit
 from ..data.sources import Document
+from .common import button
 from .plots import COLOURS, INK, plain, png
 
 _TRAINED = "background:rgba(0,158,115,.25);border-bottom:2px solid rgb(0,158,115)"
@@ -67,14 +65,15 @@ def _edges(sizes: np.ndarray, ctx_len: int) -> np.ndarray:
     if high / low > 100:
         return np.geomspace(low, high, 41)
     width = -(-(high - low) // 40)
-    return np.arange(low - (low - ctx_len - 2) % width, high + width, width) - 0.5
+    first = low - (low - (ctx_len + 2)) % width     # so that ctx_len + 2, which is split, begins a bin
+    return np.arange(first, high + width, width) - 0.5
 
 
 def groups(document: Document, tokenizer) -> Iterator[Group]:
     """A document's tokens, those that hold parts of one character together."""
     ids, trained = [], False
     for token, mask in zip(document.tokens.tolist(), document.mask.tolist(), strict=True):
-        if ids and (0 in (token, *ids) or not _cut(b"".join(map(tokenizer.token_bytes, ids)))):
+        if ids and (token == 0 or ids == [0] or not _cut(b"".join(tokenizer.table[i] for i in ids))):
             yield Group(ids, tokenizer.decode(ids), trained)
             ids, trained = [], False
         ids, trained = [*ids, token], trained or mask
@@ -177,13 +176,11 @@ class DocumentBrowser(widgets.VBox):
     def __init__(self, documents: Sequence[Document], tokenizer, most: int = 2000):
         self._documents, self._tokenizer, self._most = documents, tokenizer, most
         self._number = widgets.BoundedIntText(1, 1, len(documents), description="document", layout={"width": "180px"})
-        turn = [widgets.Button(description=text, layout={"width": "44px"}) for text in ("◀", "▶")]
-        for button, step in zip(turn, (-1, 1), strict=True):
-            button.on_click(lambda _, step=step: self.turn_to(self._number.value - 1 + step))
+        back = button("◀", lambda: self.turn_to(self._number.value - 2), width="44px")
+        on = button("▶", lambda: self.turn_to(self._number.value), width="44px")
         self._page = widgets.HTML()
         self._number.observe(self._show, "value")
-        super().__init__([widgets.HBox([turn[0], self._number, turn[1], widgets.HTML(f"of {len(documents):,}")]),
-                          self._page])
+        super().__init__([widgets.HBox([back, self._number, on, widgets.HTML(f"of {len(documents):,}")]), self._page])
         self._show()
 
     def __repr__(self) -> str:
@@ -195,17 +192,3 @@ class DocumentBrowser(widgets.VBox):
 
     def _show(self, _=None) -> None:
         self._page.value = document_html(self._documents[self._number.value - 1], self._tokenizer, most=self._most)
-
-
-class ConversionBar(widgets.HBox):
-    """How far a conversion is: give `bar.show` to jsonl_to_binidx as its progress."""
-
-    def __init__(self):
-        self._bar, self._text = widgets.FloatProgress(value=0, min=0, max=1), widgets.HTML()
-        super().__init__([self._bar, self._text])
-
-    def __repr__(self) -> str:
-        return "ConversionBar()"
-
-    def show(self, now: Progress) -> None:
-        self._bar.value, self._text.value = now.done / max(now.total, 1), str(now)

@@ -1,9 +1,6 @@
 """Notebook 05's widget and picture: an answer that follows the adapter's strength, and the scores before and after."""
 
-from __future__ import annotations
-
 import threading
-import time
 from collections.abc import Mapping
 from html import escape
 
@@ -15,10 +12,9 @@ from ..evaluate import Judgement
 from ..generate import stream
 from ..lora.layers import strength
 from ..model import RWKV
+from .common import write_live
 from .panel_html import error_html
 from .plots import COLOURS, INK, plain
-
-PAINT = 0.5  # seconds between two paints of an answer that is being written
 
 
 class StrengthSlider(widgets.VBox):
@@ -61,17 +57,13 @@ class StrengthSlider(widgets.VBox):
         with self._lock:
             if request != self._request:  # the newest may have had its turn first: the model is its asker's again
                 return
-            text, painted, value = "", time.monotonic(), self.slider.value
+            value = self.slider.value
             try:
+                pieces = stream(self._model, self._tokenizer, prompt(self.question.value, self._template),
+                                max_tokens=self._max_tokens, template=self._template)
                 with strength(self._model, value):
-                    for piece in stream(self._model, self._tokenizer, prompt(self.question.value, self._template),
-                                        max_tokens=self._max_tokens):
-                        if request != self._request:
-                            return
-                        text += piece
-                        if time.monotonic() - painted > PAINT:
-                            self._paint(value, text + " …")
-                            painted = time.monotonic()
+                    text = write_live(pieces, lambda text, _: self._paint(value, text + " …"),
+                                      lambda: request != self._request)
             except Exception as error:  # shown in place of the answer: nobody waits for this thread
                 self.answer.value = error_html(error)
                 return
@@ -87,35 +79,20 @@ class StrengthSlider(widgets.VBox):
 
 def score_figure(judged: Mapping[str, Judgement]) -> Figure:
     """A panel of bars a measure, a bar a model; measures that were not taken are left out."""
-    titles = ("held-out loss (lower is better)", "held-out answers that are right",
-              "loss on general text (lower is better)", "multiple choice, right")
-    rows = [row for row in range(4) if all(j[row] is not None for j in judged.values())]
-    high = -(-len(rows) // 2)
+    titles = {"heldout_loss": "held-out loss (lower is better)", "exact": "held-out answers that are right",
+              "general_loss": "loss on general text (lower is better)", "choices": "multiple choice, right"}
+    taken = [name for name in titles if all(getattr(j, name) is not None for j in judged.values())]
+    high = -(-len(taken) // 2)
     figure = Figure(figsize=(8.4, 1.7 * high), facecolor="white", layout="constrained")
-    for panel, row in enumerate(rows, 1):
-        values, share = [j[row] for j in judged.values()], row % 2 == 1
+    for panel, name in enumerate(taken, 1):
+        values, share = [getattr(j, name) for j in judged.values()], name in ("exact", "choices")
         axes = plain(figure.add_subplot(high, 2, panel), grid="x")
         bars = axes.barh(list(judged), values, color=[COLOURS[1], COLOURS[0]], height=0.62)
         axes.bar_label(bars, [f"{v:.0%}" if share else f"{v:.3f}" for v in values], padding=4, fontsize=9, color=INK)
         axes.set_xlim(0, 1.25 if share else 1.25 * max(values))
         axes.invert_yaxis()
-        axes.set_title(titles[row], loc="left", fontsize=10, color=INK)
+        axes.set_title(titles[name], loc="left", fontsize=10, color=INK)
         axes.tick_params(left=False)
         if share:
             axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0%", "25%", "50%", "75%", "100%"])
     return figure
-
-
-class Bar(widgets.FloatProgress):
-    """A progress bar to hand to merge or export: display(bar := Bar()); merge(…, progress=bar.report)."""
-
-    def __init__(self):
-        super().__init__(max=1.0, layout={"width": "400px"})
-
-    def __repr__(self) -> str:
-        return "Bar()"
-
-    def report(self, done: int, total: int) -> None:
-        """Paint the share that is done, in steps that can be seen."""
-        if done == total or done / total - self.value > 0.01:
-            self.value = done / total

@@ -4,8 +4,6 @@ Callbacks only pass requests on to the session. A thread of the panel's own pain
 once a second and where something changed, while a cell awaits session.wait() and while the kernel is idle.
 """
 
-from __future__ import annotations
-
 import math
 import threading
 import time
@@ -17,6 +15,7 @@ from ..errors import RwkvNbError
 from ..train.launch import LaunchedSession
 from ..train.session import DONE, Snapshot, TrainSession
 from . import panel_html as html
+from .common import button
 from .panel_form import setting_input, shell_command
 from .plots import loss_figure, png
 
@@ -56,20 +55,14 @@ class TrainPanel(widgets.VBox):
     # -- controls ------------------------------------------------------------------------------------------------
 
     def _make_controls(self, live: LiveSettings) -> None:
-        def button(text, icon, style, tooltip, action):
-            made = widgets.Button(description=text, icon=icon, button_style=style, tooltip=tooltip,
-                                  layout={"width": "110px"})
-            made.on_click(lambda _: self._ask(action))
-            return made
-
-        session = self._session
-        self.start = button("Start", "play", "success", "begin to train", session.start)
-        self.pause = button("Pause", "pause", "", "hold after the step that is under way; press again to go on",
-                            lambda: session.resume() if session.paused else session.pause())
-        self.stop = button("Stop", "stop", "danger", "save an adapter and a checkpoint, then end; a later session "
-                           "goes on from there", self._stop)
-        self.save = button("Save now", "save", "", "save an adapter after the step under way, and let it answer the "
-                           "prompts", session.save_now)
+        self.start = button("Start", lambda: self._ask(self._session.start), icon="play", style="success",
+                            tooltip="begin to train")
+        self.pause = button("Pause", lambda: self._ask(self._pause), icon="pause",
+                            tooltip="hold after the step that is under way; press again to go on")
+        self.stop = button("Stop", lambda: self._ask(self._stop), icon="stop", style="danger",
+                           tooltip="save an adapter and a checkpoint, then end; a later session goes on from there")
+        self.save = button("Save now", lambda: self._ask(self._session.save_now), icon="save",
+                           tooltip="save an adapter after the step under way, and let it answer the prompts")
 
         fields = {field.name: field for field in leaf_fields(live)}
         rate = max(live.lr_init, 1e-9)
@@ -95,6 +88,12 @@ class TrainPanel(widgets.VBox):
         except RwkvNbError as error:
             self._complaint = html.error_html(error)
         self._wake.set()
+
+    def _pause(self) -> None:
+        if self._session.paused:
+            self._session.resume()
+        else:
+            self._session.pause()
 
     def _stop(self) -> None:
         self._stopping = True

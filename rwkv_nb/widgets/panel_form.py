@@ -1,7 +1,5 @@
 """A run's settings before it starts: as a form, and as a shell command."""
 
-from __future__ import annotations
-
 import os
 import shlex
 from dataclasses import Field

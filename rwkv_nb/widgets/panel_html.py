@@ -3,12 +3,10 @@
 Colours are the page's own, made fainter by opacity, so that light and dark themes both work.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Sequence
 from html import escape
-from itertools import chain, repeat
+from itertools import repeat
 
 from ..errors import RwkvNbError
 from ..train.session import Sample, Snapshot
@@ -39,35 +37,39 @@ def status_html(name: str, status: str) -> str:
 
 def figures_html(snapshot: Snapshot, epoch_count: int) -> str:
     """Step, epoch, loss, speed, memory and time left, each under its caption."""
-    row = next((row for row in reversed(snapshot.rows) if "loss" in row), {})
-    heldout = [row for row in snapshot.rows if row.get("event") == "eval"][-1:]
+    row = next((row for row in reversed(snapshot.rows) if "loss" in row), None)
+    heldout = [row["heldout_loss"] for row in snapshot.rows if row.get("event") == "eval"]
     seconds = None if snapshot.done else snapshot.seconds_left
-    pairs = [("step", f"{snapshot.step} / {snapshot.total_steps}" if snapshot.total_steps else "–"),
-             ("epoch", f"{snapshot.epochs:.2f} / {epoch_count}"),
-             ("loss", f"{row['loss']:.4f}" if row else "–"),
-             *(("held-out loss", f"{last['heldout_loss']:.4f}") for last in heldout),
-             ("learning rate", f"{row['lr']:.2e}" if row else "–"),
-             ("tokens/s", f"{row['tokens_per_s']:,.0f}" if row else "–"),
-             ("peak memory", bytes_text(row["peak_memory_mb"] * 1e6) if row else "–"),
-             ("time left", "–" if seconds is None else duration_text(seconds))]
+    figures = {"step": f"{snapshot.step} / {snapshot.total_steps}" if snapshot.total_steps else "–",
+               "epoch": f"{snapshot.epochs:.2f} / {epoch_count}",
+               "loss": f"{row['loss']:.4f}" if row else "–"}
+    if heldout:
+        figures["held-out loss"] = f"{heldout[-1]:.4f}"
+    figures |= {"learning rate": f"{row['lr']:.2e}" if row else "–",
+                "tokens/s": f"{row['tokens_per_s']:,.0f}" if row else "–",
+                "peak memory": bytes_text(row["peak_memory_mb"] * 1e6) if row else "–",
+                "time left": "–" if seconds is None else duration_text(seconds)}
     cells = (f'<div style="min-width:5.2em"><div style="opacity:.65;font-size:.85em">{caption}</div>'
              f'<div style="font-weight:600;font-variant-numeric:tabular-nums">{escape(value)}</div></div>'
-             for caption, value in pairs)
+             for caption, value in figures.items())
     return ('<div style="display:flex;flex-wrap:wrap;gap:4px 20px;line-height:1.4;margin:4px 0 8px">'
             f'{"".join(cells)}</div>')
 
 
 def notices_html(notices: Iterable[str]) -> str:
     """A sentence a line; warnings stand out."""
-    return "".join(f'<div style="line-height:1.5;{"font-weight:600" if text.startswith("WARNING") else "opacity:.8"}">'
-                   f'• {escape(text)}</div>' for text in notices)
+    lines = []
+    for text in notices:
+        weight = "font-weight:600" if text.startswith("WARNING") else "opacity:.8"
+        lines.append(f'<div style="line-height:1.5;{weight}">• {escape(text)}</div>')
+    return "".join(lines)
 
 
 def error_html(error: BaseException) -> str:
     """What is wrong, where, and what to do about it."""
-    known = isinstance(error, RwkvNbError)
-    rows = [("", error.what), ("where", error.where), ("what to do", error.fix)] if known \
-        else [("", f"{type(error).__name__}: {error}")]
+    rows = [("", f"{type(error).__name__}: {error}")]
+    if isinstance(error, RwkvNbError):
+        rows = [("", error.what), ("where", error.where), ("what to do", error.fix)]
     lines = "".join(f'<div style="white-space:pre-wrap;overflow-wrap:anywhere">'
                     f'{f"<b>{caption}:</b> " if caption else ""}{escape(text)}</div>' for caption, text in rows if text)
     return ('<div style="border-left:4px solid #c0392b;background:rgba(192,57,43,.12);padding:8px 12px;'
@@ -76,12 +78,14 @@ def error_html(error: BaseException) -> str:
 
 def rows_html(rows: Iterable[Sequence], sides: Iterable[str] = repeat("right")) -> str:
     """Cells of HTML as a small table, the first row its head; sides: "left" or "right" for each column."""
-    lines = ("".join(f'<{kind} style="text-align:{side};padding:1px 9px;border:0">{text}</{kind}>'
-                     for side, text in zip(sides, row, strict=False))
-             for kind, row in zip(chain(["th"], repeat("td")), rows, strict=False))
+    lines, kind = [], "th"
+    for row in rows:
+        cells = (f'<{kind} style="text-align:{side};padding:1px 9px;border:0">{text}</{kind}>'
+                 for side, text in zip(sides, row, strict=False))
+        lines.append(f'<tr style="background:none">{"".join(cells)}</tr>')
+        kind = "td"
     return ('<div style="overflow-x:auto;white-space:nowrap"><table style="border-collapse:collapse;font-size:12px;'
-            'line-height:1.4">' + "".join(f'<tr style="background:none">{line}</tr>' for line in lines)
-            + "</table></div>")
+            f'line-height:1.4">{"".join(lines)}</table></div>')
 
 
 def samples_html(samples: Iterable[Sample]) -> str:

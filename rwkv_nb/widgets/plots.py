@@ -4,8 +4,6 @@ Rows are those of metrics.jsonl: steps (`step`, `loss`, `lr`, `tokens_per_s`, â€
 Colours: Okabe & Ito's eight, told apart by colour-blind readers too; the background is opaque, for dark pages.
 """
 
-from __future__ import annotations
-
 import functools
 import io
 import warnings
@@ -203,7 +201,8 @@ def _smoothed(x: np.ndarray, y: np.ndarray, steps: float | None) -> tuple[np.nda
     """Means under a Gaussian window (it does not lag behind), of bins' means where there are many points."""
     if len(x) > _MOST_POINTS:
         starts = _bins(len(x))
-        steps = steps and steps * len(starts) / len(x)
+        if steps is not None:
+            steps *= len(starts) / len(x)
         x, y = x[starts], np.add.reduceat(y, starts) / np.diff(starts, append=len(y))
     if not len(x):
         return x, y
@@ -231,8 +230,9 @@ def _value(value) -> str:
     """2e-4 where Python writes 0.0002 or 2e-04."""
     if not isinstance(value, float):
         return str(value)
-    return f"{value:.3g}" if value == 0 or 0.01 <= abs(value) < 1000 else \
-        np.format_float_scientific(value, precision=2, trim="-", exp_digits=1)
+    if value == 0 or 0.01 <= abs(value) < 1000:
+        return f"{value:.3g}"
+    return np.format_float_scientific(value, precision=2, trim="-", exp_digits=1)
 
 
 def _place_labels(changes: list[tuple[float, str]], limits: tuple[float, float]) -> list[tuple[float, str, int, str]]:

@@ -3,8 +3,6 @@
 Nothing is loaded: counts come from names and shapes alone, so a 13.3B model is counted as fast as a tiny one.
 """
 
-from __future__ import annotations
-
 import html
 import math
 import re
@@ -20,7 +18,8 @@ from ..errors import RwkvNbError
 from ..lora.layers import adapter_parameters, attach, matching
 from ..model import RWKV, Shape
 from ..runs import Run
-from .panel_html import rows_html
+from ..words import number_text
+from .panel_html import error_html, rows_html
 from .plots import COLOURS, INK, TICK, plain, png, stacked_bars
 
 # Parameters of the released models as their files have them, without block 0's unused v0 v1 v2.
@@ -30,13 +29,14 @@ RANKS = (4, 8, 16, 32, 64, 128, 256)
 USUAL_SCALE = 2.0    # alpha / r
 KINDS = {"embedding": COLOURS[5], "time mix": COLOURS[1], "low-rank gates": COLOURS[4], "channel mix": COLOURS[2],
          "vectors and norms": COLOURS[3], "head": COLOURS[0]}
-_GATES = {"w": "decay", "a": "in-context rate", "v": "value residual", "g": "gate"}
 _PARTS = {  # name: (kind, keys it takes); the first that fits takes a key
     "emb": ("embedding", r"emb\..*"),
     "blocks/ln": ("vectors and norms", r"blocks\.\d+\.ln\d\..*"),
     "blocks/att/x_r x_w x_k x_v x_a x_g": ("vectors and norms", r".*\.att\.x_."),
-    **{f"blocks/att/{c}0 {c}1 {c}2 ({name})" if c != "g" else "blocks/att/g1 g2 (gate)":
-       ("low-rank gates", rf".*\.att\.{c}\d") for c, name in _GATES.items()},
+    "blocks/att/w0 w1 w2 (decay)": ("low-rank gates", r".*\.att\.w\d"),
+    "blocks/att/a0 a1 a2 (in-context rate)": ("low-rank gates", r".*\.att\.a\d"),
+    "blocks/att/v0 v1 v2 (value residual)": ("low-rank gates", r".*\.att\.v\d"),
+    "blocks/att/g1 g2 (gate)": ("low-rank gates", r".*\.att\.g\d"),
     "blocks/att/time_maa_x w k v r g": ("vectors and norms", r".*\.att\.time_maa_."),
     "blocks/att/time_mix_k v r g": ("vectors and norms", r".*\.att\.time_mix_."),
     "blocks/att/time_maa_w1 w2 (token shift)": ("low-rank gates", r".*\.att\.time_maa_w\d"),
@@ -71,7 +71,8 @@ def parts(shape: Shape, lora: LoraSettings | None = None) -> list[Part]:
     keys: dict[str, list[str]] = {name: [] for name in _PARTS}
     sizes, adds = shape.key_shapes(), _lora_params(shape, lora)
     for key in sizes:
-        keys[next(name for name, (_, pattern) in _PARTS.items() if re.fullmatch(pattern, key))].append(key)
+        role = next(name for name, (_, pattern) in _PARTS.items() if re.fullmatch(pattern, key))
+        keys[role].append(key)
     return [Part(name, _PARTS[name][0], tuple(dict.fromkeys(sizes[k] for k in mine)), len(mine),
                  sum(math.prod(sizes[k]) for k in mine), sum(adds.get(k, 0) for k in mine))
             for name, mine in keys.items() if mine]
@@ -123,7 +124,7 @@ def share_figure(sizes: Mapping[str, Shape]) -> Figure:
         axes.bar_label(bars, fmt=lambda share: f"{share:.0%}" if share > 0.055 else "", label_type="center", fontsize=8,
                        color="white" if kind in ("time mix", "channel mix", "head") else "black")
     for i, shape in enumerate(sizes.values()):
-        axes.text(1.01, i, short_number(shape.n_params()), va="center", fontsize=9, color=INK)
+        axes.text(1.01, i, number_text(shape.n_params()), va="center", fontsize=9, color=INK)
     axes.set_xlim(0, 1)
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:.0%}")
     axes.set_xlabel("share of all parameters", color=INK, fontsize=9)
@@ -138,42 +139,36 @@ def rank_figure(sizes: Mapping[str, Shape], chosen: str, lora: LoraSettings) -> 
     ranks = sorted({*RANKS, lora.r})
     for name, shape in sizes.items():
         counts = [lora_params(shape, config.replace(lora, r=r)) for r in ranks]
-        mine = name == chosen
-        axes.plot(ranks, counts, color=COLOURS[1] if mine else TICK, lw=2.6 if mine else 0.9, zorder=3 if mine else 2)
+        colour, width, weight = (COLOURS[1], 2.6, "bold") if name == chosen else (TICK, 0.9, "normal")
+        axes.plot(ranks, counts, color=colour, lw=width, zorder=3 if name == chosen else 2)
         axes.annotate(name if len(name) < 12 else name[:11] + "…", (ranks[-1], counts[-1]), xytext=(5, -3),
-                      textcoords="offset points", fontsize=8.5, color=COLOURS[1] if mine else TICK,
-                      weight="bold" if mine else "normal", annotation_clip=False)
+                      textcoords="offset points", fontsize=8.5, color=colour, weight=weight, annotation_clip=False)
     here, total = lora_params(sizes[chosen], lora), sizes[chosen].n_params()
     axes.plot([lora.r], [here], "o", ms=8, color=COLOURS[1], zorder=4)
-    axes.set_title(f"{chosen}, r {lora.r}: {short_number(here)} trained, {here / total:.2%} of the base",
+    axes.set_title(f"{chosen}, r {lora.r}: {number_text(here)} trained, {here / total:.2%} of the base",
                    loc="left", fontsize=10, color=INK)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(RANKS, map(str, RANKS))
     axes.set_xlim(ranks[0], ranks[-1])
-    axes.yaxis.set_major_formatter(lambda y, _: short_number(y))
+    axes.yaxis.set_major_formatter(lambda y, _: number_text(y))
     axes.set_xlabel("rank r", color=INK, fontsize=9)
     axes.set_ylabel("parameters of the adapter", color=INK, fontsize=9)
     axes.minorticks_off()
     return figure
 
 
-def short_number(n: float) -> str:
-    """191.0 M, 2.95 B"""
-    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if n >= size:
-            return f"{n / size:.3g} {letter}"
-    return f"{n:g}"
-
-
 def advice_html(lora: LoraSettings) -> str:
     """What alpha / r means for the chosen values, and what to do about the learning rate."""
     scale = lora.lora_alpha / lora.r
-    verdict = "alpha is twice r, as is usual: keep the learning rate as it is."
-    if scale != USUAL_SCALE:
-        factor, (far, do) = scale / USUAL_SCALE, ("further", "lower") if scale > USUAL_SCALE else ("less far", "raise")
-        times = f"{factor if factor > 1 else 1 / factor:.3g}× {far}" if factor else "nowhere"
-        verdict = (f"{USUAL_SCALE:g} is usual. With {scale:.3g} each step moves the model {times}: {do} lr_init by as "
+    if scale == USUAL_SCALE:
+        verdict = "alpha is twice r, as is usual: keep the learning rate as it is."
+    else:
+        if scale > USUAL_SCALE:
+            moves, do = f"{scale / USUAL_SCALE:.3g}× further", "lower"
+        else:
+            moves, do = f"{USUAL_SCALE / scale:.3g}× less far" if scale else "nowhere", "raise"
+        verdict = (f"{USUAL_SCALE:g} is usual. With {scale:.3g} each step moves the model {moves}: {do} lr_init by as "
                    f"much, or set alpha to {USUAL_SCALE * lora.r:g}.")
     return (f"<div style='font-size:13px;line-height:1.5'>The adapter is added with the scale "
             f"<b>alpha / r = {lora.lora_alpha:g} / {lora.r} = {scale:.3g}</b>; {verdict}</div>")
@@ -219,7 +214,7 @@ class ShapePanel(W.VBox):
             self._table.value, self._advice.value = table_html(shape, lora), advice_html(lora)
             self._picture.value = png(rank_figure(self.sizes, self._size.value, lora))
         except RwkvNbError as error:
-            self._note.value = f"<b style='color:{COLOURS[1]}'>{html.escape(str(error))}</b>"
+            self._note.value = error_html(error)
             return
         self._note.value = ("<span style='font-size:12px;opacity:.7'>r and alpha are written to "
                             f"{html.escape(self.run.name)}/settings.json</span>")

@@ -1,7 +1,5 @@
 """A drop-down of published base models, with a button that fetches one."""
 
-from __future__ import annotations
-
 import threading
 from pathlib import Path
 
@@ -9,7 +7,7 @@ import ipywidgets as W
 
 from ..hub import KNOWN, find, get
 from ..words import bytes_text
-from .merge import Bar
+from .common import Bar, button
 from .panel_html import error_html
 
 
@@ -24,10 +22,9 @@ class BaseChooser(W.VBox):
         self.path: Path | None = None
         self.name = W.Combobox(value=next(iter(KNOWN)), options=list(KNOWN), description="model", ensure_option=False)
         self.said, self.bar = W.HTML(), Bar()
-        buttons = [W.Button(description="Size"), W.Button(description="Get", icon="download")]
-        for button, do in zip(buttons, (self._size, self._get), strict=True):
-            button.on_click(lambda _, do=do: self._start(do))
-        super().__init__([W.HBox([self.name, *buttons, self.bar]), self.said])
+        size = button("Size", lambda: self._start(self._size))
+        get_it = button("Get", lambda: self._start(self._get), icon="download")
+        super().__init__([W.HBox([self.name, size, get_it, self.bar]), self.said])
 
     def __repr__(self) -> str:
         return f"BaseChooser({self.name.value})"
@@ -54,7 +51,7 @@ class BaseChooser(W.VBox):
         self.said.value = f"{found.file}: {bytes_text(found.size)}"
 
     def _get(self) -> None:
-        self.bar.value = 0
+        self.bar.report(0, 1)
         self.path = get(self.name.value, self._folder, endpoint=self._endpoint, progress=self.bar.report,
                         say=lambda text: setattr(self.said, "value", text))
-        self.bar.value = 1
+        self.bar.report(1, 1)

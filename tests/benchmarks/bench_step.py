@@ -193,7 +193,9 @@ def shapes() -> dict:
 
 def make_inputs(folder: Path, shape) -> Path:
     """base.pth (bf16, as released models are) and one document of T + 1 tokens. Returns the folder, made here."""
-    from rwkv_nb.data.binidx import write_binidx
+    import numpy as np
+
+    from rwkv_nb.data.binidx import pair, write_index
     from rwkv_nb.model import RWKV, init_weights, save_weights
 
     folder.mkdir()
@@ -203,7 +205,9 @@ def make_inputs(folder: Path, shape) -> Path:
             if not parameter.any():  # zeros would make gradients vanish, and some products with them
                 parameter.normal_(std=0.02)
     save_weights(folder / "base.pth", {key: value.bfloat16() for key, value in model.state_dict().items()})
-    write_binidx(folder / "data", [torch.randint(1, 65530, (T + 1,)).tolist()])
+    bin_file, idx_file = pair(folder / "data")
+    torch.randint(1, 65530, (T + 1,)).numpy().astype("<u2").tofile(bin_file)
+    write_index(idx_file, np.array([T + 1]))
     return folder
 
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from token_files import write_binidx
 
-from rwkv_nb.data.binidx import BinIdx, write_binidx
+from rwkv_nb.data.binidx import BinIdx
 from rwkv_nb.data.convert import jsonl_to_binidx
 from rwkv_nb.errors import DataError
 from rwkv_nb.tokenizer import ByteTokenizer, WorldTokenizer
@@ -95,17 +96,6 @@ def test_damage_is_named(tmp_path, kind):
     with pytest.raises(DataError, match=what) as caught:
         BinIdx(tmp_path / "a")
     assert caught.value.where == str(tmp_path / file) and caught.value.fix
-
-
-@pytest.mark.parametrize("documents", [[], [[1, 65536]], [[-1]], [[1], np.array([70000])]])
-def test_nothing_is_left_of_a_failed_write(tmp_path, documents):
-    with pytest.raises(DataError):
-        write_binidx(tmp_path / "a", documents)
-    assert list(tmp_path.iterdir()) == []
-    write_binidx(tmp_path / "a", [[1, 0]])
-    with pytest.raises(DataError):
-        write_binidx(tmp_path / "a", documents)
-    assert BinIdx(tmp_path / "a")[0].tolist() == [1, 0] and len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.parametrize("tokenizer", [WorldTokenizer(), ByteTokenizer()], ids=["world", "byte"])

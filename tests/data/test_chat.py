@@ -18,7 +18,7 @@ def trained(text, tokenizer, template="chat", closing=(0,)):
     tokens = np.array([*tokenizer.encode(text), *closing], dtype=np.uint16)
     mask = loss_mask(tokens, tokenizer, template)
     assert mask.shape == tokens.shape and mask.dtype == bool
-    return b"".join(tokenizer.token_bytes(t) or b"$" for t in tokens[mask]).decode("utf-8", errors="replace")
+    return b"".join(tokenizer.table[t] or b"$" for t in tokens[mask]).decode("utf-8", errors="replace")
 
 
 @both
@@ -56,7 +56,7 @@ def test_a_token_is_trained_where_its_first_byte_is():
     for at, token in enumerate(WORLD.encode(text)):
         before = len(WORLD.decode(WORLD.encode(text)[:at]))
         in_answer = text.index(" b") <= before < text.index("User: c") or text.index(" d") <= before
-        assert mask[at] == in_answer, WORLD.token_bytes(token)
+        assert mask[at] == in_answer, WORLD.table[token]
 
 
 turn = st.text(st.sampled_from("ab :的\n🙂"), min_size=1, max_size=12).map(lambda s: " " + " ".join(s.split()))

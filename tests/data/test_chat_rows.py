@@ -18,7 +18,7 @@ def trained(text, template, tokenizer=BYTE):
     """The trained text of a document, $ for a trained closing 0."""
     tokens = np.array([*tokenizer.encode(text), 0], dtype=np.uint16)
     mask = loss_mask(tokens, tokenizer, template)
-    return b"".join(tokenizer.token_bytes(t) or b"$" for t in tokens[mask]).decode("utf-8", errors="replace")
+    return b"".join(tokenizer.table[t] or b"$" for t in tokens[mask]).decode("utf-8", errors="replace")
 
 
 def messages(*turns):

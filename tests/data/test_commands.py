@@ -1,5 +1,6 @@
 """rwkv-nb check-data and convert: what they print, write and return."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,16 @@ def test_a_pair_is_written(tmp_path, capsys):
     assert "3 documents of byte tokens" in capsys.readouterr().out and len(BinIdx(tmp_path / "out")) == 3
     assert main(["convert", str(SAMPLES / "kinds" / "sft.csv"), str(tmp_path / "other")]) == 1
     assert "this is a sft file, not jsonl" in capsys.readouterr().err
+
+
+def test_on_a_terminal_one_line_follows_the_work(tmp_path, monkeypatch):
+    screen, terminal = os.openpty()
+    with os.fdopen(terminal, "w") as stderr:
+        monkeypatch.setattr("sys.stderr", stderr)
+        assert main(["convert", str(SAMPLES / "kinds" / "messages.jsonl"), str(tmp_path / "out"), *BASE]) == 0
+        line = os.read(screen, 4000).decode()
+    os.close(screen)
+    assert line.startswith("\x1b[K") and "3 documents" in line and line.endswith("0 s left\r\n")
 
 
 @pytest.mark.parametrize("more, count", [((), 8), (("--sft_field", "query", "response", "--sft_split", "train[:3]"), 3)

@@ -8,9 +8,10 @@ import time
 
 import numpy as np
 import pytest
+from token_files import write_binidx
 
 from rwkv_nb.config import DataSettings
-from rwkv_nb.data.binidx import BinIdx, write_binidx
+from rwkv_nb.data.binidx import BinIdx
 from rwkv_nb.data.convert import jsonl_to_binidx
 from rwkv_nb.errors import DataError, RunError
 from rwkv_nb.tokenizer import ByteTokenizer, WorldTokenizer

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from token_files import write_binidx
 
 from rwkv_nb.config import DataSettings
-from rwkv_nb.data.binidx import write_binidx
 from rwkv_nb.data.check import check_data, mend_jsonl
 from rwkv_nb.data.jsonl import likely_encoding
 from rwkv_nb.data.sources import read_jsonl
@@ -22,6 +22,7 @@ MISTAKES = {  # line → (what is said, what mending makes of it, or None)
     "{'text': 'a'}": ("not single ones", {"text": "a"}),
     '{“text”: “a”}': ("not curly ones", {"text": "a"}),
     '{"text": "a"},': ("not JSON", {"text": "a"}),
+    '\u3000{"text": "a"}': ("not JSON", {"text": "a"}),
     '{"text": "say "hi""}': ("not JSON", None),
     '{"txt": "a"}': ('no "text"', None),
     '{"text": ""}': ("empty", None),
@@ -66,7 +67,8 @@ def test_mending_writes_a_new_file_and_names_what_is_left_out(tmp_path):
     assert [p.line for p in mended.left_out] == [2 * i + 2 for i, (_, row) in enumerate(MISTAKES.values())
                                                  if row is None]
     assert [p.what for p in mended.changed] == ["a bracket closed", "single quotes made double",
-                                                "curly quotes made straight", "a comma taken out", "read as GB18030"]
+                                                "curly quotes made straight", "a comma taken out",
+                                                "white space taken out", "read as GB18030"]
     with pytest.raises(DataError, match="exists already"):
         mend_jsonl(path, target)
     path.write_text("nothing")

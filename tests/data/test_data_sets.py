@@ -10,8 +10,6 @@ import threading
 
 import pytest
 
-from rwkv_nb.data.binidx import BinIdx
-
 pytest.importorskip("datasets")
 NAME, COMMIT = "somebody/some-set", "a" * 40
 ROWS = b"\n".join(json.dumps({"query": f"问 {i}", "response": f"{i}"}).encode() for i in range(9))
@@ -47,12 +45,12 @@ class Mirror(http.server.BaseHTTPRequestHandler):
 
 SCRIPT = """
 from rwkv_nb.config import DataSettings
-from rwkv_nb.data.binidx import write_binidx
 from rwkv_nb.data.sources import open_documents
 from rwkv_nb.tokenizer import ByteTokenizer
-import sys
+import json, sys
 data = DataSettings(sys.argv[1], "sft", sft_field=("query", "response"), sft_split="train[:4]")
-write_binidx(sys.argv[2], [document.tokens for document in open_documents(data, ByteTokenizer())])
+tokenizer = ByteTokenizer()
+print(json.dumps([tokenizer.decode(document.tokens) for document in open_documents(data, tokenizer)]))
 """
 
 
@@ -61,8 +59,8 @@ def test_the_mirror_is_asked(tmp_path):
     server.asked = []
     threading.Thread(target=server.serve_forever, daemon=True).start()
     mirror = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path)}
-    subprocess.run([sys.executable, "-c", SCRIPT, NAME, tmp_path / "out"], check=True, env={**os.environ, **mirror})
+    done = subprocess.run([sys.executable, "-c", SCRIPT, NAME], check=True, env={**os.environ, **mirror},
+                          stdout=subprocess.PIPE, text=True)
     server.shutdown()
-    documents = [bytes(d[:-1].astype("u1") - 1).decode() for d in BinIdx(tmp_path / "out")]
-    assert documents == [f"User: 问 {i}\n\nAssistant: {i}" for i in range(4)]
+    assert json.loads(done.stdout.splitlines()[-1]) == [f"User: 问 {i}\n\nAssistant: {i}" for i in range(4)]
     assert f"/datasets/{NAME}/resolve/{COMMIT}/train.jsonl" in server.asked

@@ -26,4 +26,4 @@ def test_the_estimate_is_what_batches_do(sizes, ctx_len, micro_bsz, accumulate, 
     assert told.cut == pytest.approx(len(over) / sum(size > 1 for size in sizes))
     assert told.lost == pytest.approx(sum(over) / sum(sizes))
     packed = Batches(make_documents(sizes, share=1), dataload="pack", **kwargs)
-    assert told.rows <= packed._n_rows <= told.pieces
+    assert told.rows <= packed.state()["items"] <= told.pieces

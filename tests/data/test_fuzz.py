@@ -5,9 +5,10 @@ import struct
 
 import numpy as np
 import pytest
+from token_files import write_binidx
 
 from rwkv_nb.config import DataSettings
-from rwkv_nb.data.binidx import BinIdx, write_binidx
+from rwkv_nb.data.binidx import BinIdx
 from rwkv_nb.data.check import check_data
 from rwkv_nb.data.convert import jsonl_to_binidx
 from rwkv_nb.data.sources import read_jsonl

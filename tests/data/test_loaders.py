@@ -75,6 +75,13 @@ def test_get_takes_slices_of_everything_in_a_row(sizes, ctx_len, seed):
     assert sum(len(b.inputs) for b in one) == max((total - 1) // ctx_len, 1)
 
 
+def test_get_trains_what_stands_behind_ctx_len_too():
+    (document,) = make_documents([30], share=1)
+    document.mask[:20] = False
+    batches = Batches([document], ctx_len=4, micro_bsz=2, accumulate=2, seed=0, dataload="get")
+    assert any(batch.mask.any() for batch in epoch(batches))
+
+
 @settings(max_examples=150, deadline=None)
 @given(**options, dataload=st.sampled_from(LOADERS), epoch_steps=st.integers(0, 7), cut=st.integers(0, 12))
 def test_resume_at_any_step(sizes, cut, **kwargs):

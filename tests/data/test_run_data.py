@@ -5,10 +5,10 @@ import json
 import random
 
 import pytest
+from token_files import write_binidx
 
 from rwkv_nb.config import DataSettings
 from rwkv_nb.data.batches import Batches
-from rwkv_nb.data.binidx import write_binidx
 from rwkv_nb.data.sources import open_split
 from rwkv_nb.tokenizer import ByteTokenizer
 

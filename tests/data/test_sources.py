@@ -4,9 +4,9 @@ import json
 
 import numpy as np
 import pytest
+from token_files import write_binidx
 
 from rwkv_nb.config import DataSettings
-from rwkv_nb.data.binidx import write_binidx
 from rwkv_nb.data.chat import loss_mask
 from rwkv_nb.data.convert import jsonl_to_binidx
 from rwkv_nb.data.sources import find_data_file, open_documents

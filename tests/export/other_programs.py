@@ -32,6 +32,7 @@ from rwkv_nb.generate import generate
 from rwkv_nb.lora.adapter import save_adapter
 from rwkv_nb.lora.layers import attach
 from rwkv_nb.lora.merge import merge
+from rwkv_nb.lora.meta import AdapterMeta
 from rwkv_nb.model import PUBLISHED, PUBLISHED_OLDER, RWKV, fingerprint, init_weights, load_model, save_weights
 from rwkv_nb.tokenizer import get_tokenizer
 
@@ -62,8 +63,8 @@ def merged_model(folder: Path, version: str) -> Path:
     model, lora = load_model(base, dtype=torch.float32), LoraSettings(r=4, lora_alpha=12.0)
     for name in attach(model, lora, 0):
         model.get_submodule(name).lora_B.normal_(std=0.05, generator=random)
-    save_adapter(adapter, model, lora, base_path=base, base_fingerprint=fingerprint(base), template="chat",
-                 tokenizer="world", epoch=1, step=1)
+    save_adapter(adapter, model, AdapterMeta(lora.r, lora.lora_alpha, lora.target_modules, model.shape,
+                                             fingerprint(base), base.name, "chat", "world", epoch=1, step=1))
     merge(base, adapter, out)
     return out
 

@@ -5,6 +5,7 @@ import torch
 from rwkv_nb.config import LoraSettings
 from rwkv_nb.lora.adapter import save_adapter
 from rwkv_nb.lora.layers import adapter_parameters, attach
+from rwkv_nb.lora.meta import AdapterMeta
 from rwkv_nb.model import RWKV, Shape, fingerprint, init_weights, load_model, save_weights
 
 LORA = LoraSettings(r=4, lora_alpha=12.0)
@@ -31,6 +32,6 @@ def make_adapter(path, base_path, *, lora=LORA, seed=0, quant="none"):
     generator = torch.Generator().manual_seed(seed)
     for parameter in adapter_parameters(model):
         parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
-    save_adapter(path, model, lora, base_path=base_path, base_fingerprint=fingerprint(base_path), template="chat",
-                 tokenizer="byte", epoch=2, step=34, quant=quant)
+    save_adapter(path, model, AdapterMeta(lora.r, lora.lora_alpha, lora.target_modules, model.shape,
+                                          fingerprint(base_path), base_path.name, "chat", "byte", 2, 34, quant))
     return path, model.eval()

@@ -10,7 +10,7 @@ from lora_files import TARGETS, make_adapter, make_base
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from rwkv_nb.errors import AdapterError
+from rwkv_nb.errors import AdapterError, RunError
 from rwkv_nb.lora.adapter import adapter_tensors, apply_adapter, check_adapter, load_adapter
 from rwkv_nb.lora.layers import lora_layers
 from rwkv_nb.model import fingerprint, load_model, read_shape
@@ -130,6 +130,13 @@ def test_no_file_breaks_the_loader(saved, lively, tmp_path):
             check_adapter(load_adapter(path), saved[1].shape, fingerprint(lively))
         except AdapterError:
             continue
-    for nothing in (tmp_path / "absent.safetensors", tmp_path):
-        with pytest.raises(AdapterError, match="no such file"):
-            load_adapter(nothing)
+    with pytest.raises(AdapterError, match="no such file"):
+        load_adapter(tmp_path / "absent.safetensors")
+
+
+def test_a_runs_folder_means_its_last_adapter(saved, tmp_path):
+    with pytest.raises(RunError, match="no adapter in this run"):
+        load_adapter(tmp_path)
+    for epoch in (1, 2):
+        (tmp_path / f"adapter-{epoch}.safetensors").write_bytes(saved[0].read_bytes())
+    assert load_adapter(tmp_path).path == tmp_path / "adapter-2.safetensors"

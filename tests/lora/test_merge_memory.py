@@ -11,6 +11,7 @@ from torch.serialization import skip_data
 from rwkv_nb.config import LoraSettings
 from rwkv_nb.lora.adapter import save_adapter
 from rwkv_nb.lora.layers import attach
+from rwkv_nb.lora.meta import AdapterMeta
 from rwkv_nb.model import PUBLISHED, RWKV, fingerprint
 
 # In a process of its own: the peak is then merging's alone. Anonymous memory is what cannot be dropped and read again.
@@ -47,8 +48,8 @@ def test_merging_a_3b_model_needs_little_memory(tmp_path):
         if hasattr(module, "lora_A"):
             for half in ("lora_A", "lora_B"):
                 setattr(module, half, torch.nn.Parameter(torch.randn(getattr(module, half).shape)))
-    save_adapter(adapter, model, lora, base_path=base, base_fingerprint=fingerprint(base), template="chat",
-                 tokenizer="world", epoch=1, step=1)
+    save_adapter(adapter, model, AdapterMeta(lora.r, lora.lora_alpha, lora.target_modules, model.shape,
+                                             fingerprint(base), base.name, "chat", "world", epoch=1, step=1))
     done = subprocess.run([sys.executable, "-c", MERGE, base, adapter, out], env=os.environ, text=True,
                           capture_output=True, check=True)
     peak, before, ok = done.stdout.split()

@@ -1,17 +1,19 @@
 """The strength slider answers what generate answers at that strength; the score picture can be drawn."""
 
+import dataclasses
 import threading
 
 import pytest
 from lora_files import make_adapter
 
-from rwkv_nb.data.chat import prompt
+from rwkv_nb.data.chat import TEMPLATES, prompt
 from rwkv_nb.evaluate import Judgement
 from rwkv_nb.generate import generate
 from rwkv_nb.lora.layers import lora_layers, strength
 from rwkv_nb.lora.merge import merge
 from rwkv_nb.tokenizer import ByteTokenizer, get_tokenizer
-from rwkv_nb.widgets.merge import Bar, StrengthSlider, score_figure
+from rwkv_nb.widgets.common import Bar
+from rwkv_nb.widgets.merge import StrengthSlider, score_figure
 from rwkv_nb.widgets.plots import png
 
 BYTES = get_tokenizer("byte")
@@ -63,6 +65,14 @@ def test_a_change_that_another_has_overtaken_leaves_the_model_alone(model):
     for thread in waiting:
         thread.join()
     assert len(waiting) == 3 and asked_by == {slider._thread}
+
+
+def test_an_answer_ends_where_the_templates_do(model, monkeypatch):
+    free, = generate(model, BYTES, [prompt("Hello?", "instruction")], max_tokens=12, template="plain")
+    stop = free[4]
+    monkeypatch.setitem(TEMPLATES, "instruction", dataclasses.replace(TEMPLATES["instruction"], stop=(stop,)))
+    written = StrengthSlider(model, BYTES, "Hello?", template="instruction", max_tokens=12).join()
+    assert written == free.split(stop)[0].strip()
 
 
 def test_an_error_is_shown_in_place_of_the_answer(model):

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from rwkv_nb.cli import flags_of, main, parser
+from rwkv_nb.cli import main, parser, settings_from
 from rwkv_nb.config import PRESETS, Settings, leaf_fields, replace
 from rwkv_nb.errors import SettingsError
 from rwkv_nb.lora.adapter import load_adapter
@@ -81,10 +81,13 @@ def test_the_table_ends_quietly_where_it_is_read_no_further():
     assert done.stdout == "| | defau" and done.stderr == ""
 
 
-def test_a_preset_sets_what_is_not_given_and_old_words_for_checkpointing_still_do():
-    flags = flags_of(parser().parse_args(["train", "--preset", "small", "--emb_cpu", "0", "--grad_cp", "1"]))
-    assert flags == PRESETS["small"] | {"emb_cpu": 0, "grad_cp": "block"}
-    assert flags_of(parser().parse_args(["train", "--grad_cp", "0"])) == {"grad_cp": "none"}
+def test_a_preset_sets_what_is_not_given_and_old_words_for_checkpointing_still_do(tmp_path):
+    def read(*flags):
+        return settings_from(parser().parse_args(["train", "--proj_dir", str(tmp_path), *flags]))[1]
+
+    wanted = PRESETS["small"] | {"emb_cpu": 0, "grad_cp": "block"}
+    assert read("--preset", "small", "--emb_cpu", "0", "--grad_cp", "1") == replace(read(), **wanted)
+    assert read("--grad_cp", "0") == read("--grad_cp", "none") != read("--grad_cp", "block")
     assert replace(Settings(), grad_cp=1) == replace(Settings(), grad_cp="block")
     with pytest.raises(SettingsError, match="grad_cp"):
         replace(Settings(), grad_cp=2)

@@ -5,9 +5,9 @@ import os
 
 import numpy as np
 import pytest
+from token_files import write_binidx
 
 from rwkv_nb.cli import main
-from rwkv_nb.data.binidx import write_binidx
 from rwkv_nb.runs import Run, path_settings
 from rwkv_nb.tokenizer import ByteTokenizer
 

@@ -12,8 +12,8 @@ from rwkv_nb.data.chat import loss_mask
 from rwkv_nb.data.convert import Progress
 from rwkv_nb.data.sources import Document
 from rwkv_nb.tokenizer import ByteTokenizer, WorldTokenizer
+from rwkv_nb.widgets.common import Bar
 from rwkv_nb.widgets.documents import (
-    ConversionBar,
     DocumentBrowser,
     LengthSlider,
     document_html,
@@ -101,7 +101,7 @@ def test_the_browser_turns_to_every_document_and_stops_at_the_ends():
 
 
 def test_the_bar_tells_speed_and_time_left():
-    bar = ConversionBar()
+    bar = Bar()
     bar.show(Progress(25_000_000, 100_000_000, 1234, 12.5, 6.0))
     assert bar.children[0].value == 0.25
     assert bar.children[1].value == "25.0 of 100.0 MB · 1,234 documents · 12.5 MB/s · 6 s left"

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkv_nb.cli import flags_of, parser, settings_from
+from rwkv_nb.cli import parser, settings_from
 from rwkv_nb.config import Settings, leaf_fields, replace
 from rwkv_nb.errors import SettingsError
 from rwkv_nb.runs import Run
@@ -57,7 +57,7 @@ def test_the_shell_command_is_the_same_run(tmp_path_factory, data_file, **change
     read_by_a_shell = subprocess.run(["bash", "-c", f"printf '%s\\0' {shell_command(asked, run)}"], capture_output=True)
     program, command, *arguments = read_by_a_shell.stdout.decode().split("\0")[:-1]
     assert (program, command) == ("rwkv-nb", "train")
-    read_run, read = settings_from(flags_of(parser().parse_args([command, *arguments])))
+    read_run, read = settings_from(parser().parse_args([command, *arguments]))
     assert read_run.folder == run.folder
     assert replace(read, proj_dir="") == asked
 
