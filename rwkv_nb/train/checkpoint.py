@@ -5,7 +5,6 @@ Dropout needs no random state here: its masks follow from (seed, step, micro-bat
 
 from __future__ import annotations
 
-import dataclasses
 import pickle
 from dataclasses import dataclass
 
@@ -43,9 +42,9 @@ class Checkpoint:
     format: int = FORMAT
 
     def save(self, run: Run) -> None:
-        """Write checkpoint.pt whole; the one before stays until then."""
+        """Write checkpoint.pt whole; the one before stays until then. No tensor is copied beside itself first."""
         with atomic_path(run.checkpoint_file) as path:
-            torch.save(dataclasses.asdict(self), path)
+            torch.save(vars(self), path)
 
     def live_settings(self) -> LiveSettings:
         """LiveSettings as they were at this step."""
