@@ -34,6 +34,7 @@ from .wkv.kernels import SAVE
 
 CONTEXT = 500_000_000     # what CUDA, or Python with torch, takes for itself
 ADAM_BYTES = {"fp32": 8.0, "bf16": 4.0, "8bit": 2 + 8 / 256}
+ADAM_AT_ONCE = 2**21      # trained numbers that bf16's step moves together, with 14 bytes each beside them
 TRACED = ("precision", "grad_cp", "quant", "quant_double", "micro_bsz", "op")  # what a block's bytes follow from
 # GB on an RTX 4090 as RWKV's LoRA tutorial publishes them: bf16, int8, nf4; r 64, ctx_len 1024, micro_bsz 1.
 TUTORIAL = {"0.1B": (2.7, 2.5, 2.4), "0.4B": (3.4, 2.9, 2.7), "1.5B": (5.6, 4.6, 3.9), "2.9B": (8.8, 6.7, 5.7),
@@ -123,7 +124,9 @@ def estimate(shape: Shape, settings: Settings, *, gpu: bool = True) -> Estimate:
     at_top = accumulates or each["forward"] > each["lora"]
     moments = [{"gradients": trained * accumulates, "checkpoints": whole["forward"], "loss": largest["loss"]},
                {"gradients": trained if accumulates or not at_top else 0, "checkpoints": whole["forward"] * at_top},
-               {"gradients": trained, "block peak": trained * joined}]  # summed over processes in one flat copy
+               {"gradients": trained, "block peak": trained * joined},  # summed over processes in one flat copy
+               {"gradients": trained,
+                "block peak": 14 * min(trained // 4, ADAM_AT_ONCE) * (t.adam_state == "bf16")}]
     moments[1]["block peak"] = whole["backward"] + trained * accumulates - sum(moments[1].values())
     moment = dict.fromkeys(("gradients", "checkpoints", "block peak", "loss"), 0) | max(
         moments, key=lambda parts: sum(parts.values()))

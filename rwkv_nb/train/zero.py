@@ -22,10 +22,9 @@ from torch import nn
 
 from ..config import TrainSettings
 from ..extras import extra
+from .optimizer import AVERAGES
 from .ranks import Ranks
 from .update import Update
-
-AVERAGES = ("exp_avg", "exp_avg_sq")
 
 
 class DeepSpeedUpdate(Update):
@@ -37,6 +36,7 @@ class DeepSpeedUpdate(Update):
     def __init__(self, model: nn.Module, parameters: Sequence[nn.Parameter], t: TrainSettings, ranks: Ranks,
                  device: torch.device):
         super().__init__(parameters, t, ranks)
+        self.adamw.state.clear()  # DeepSpeed makes its own, of this process's share
         os.environ.setdefault("DS_ACCELERATOR", device.type)  # DeepSpeed's own way to be told
         self._deepspeed = extra("deepspeed", "deepspeed")
         stage, _, offload = t.strategy.removeprefix("deepspeed_stage_").partition("_")
