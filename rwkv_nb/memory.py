@@ -36,10 +36,13 @@ CONTEXT = 500_000_000     # what CUDA, or Python with torch, takes for itself
 ADAM_BYTES = {"fp32": 8.0, "bf16": 4.0, "8bit": 2 + 8 / 256}
 ADAM_AT_ONCE = 2**21      # trained numbers that bf16's step moves together, with 14 bytes each beside them
 TRACED = ("precision", "grad_cp", "quant", "quant_double", "micro_bsz", "op")  # what a block's bytes follow from
+# What needs less memory, or more time for it, and leaves every step as it was but for rounding and dropout's masks.
+SAME_NUMBERS = ("emb_cpu", "grad_cp", "micro_bsz", "accumulate_grad_batches", "chunk_ctx")
 # GB on an RTX 4090 as RWKV's LoRA tutorial publishes them: bf16, int8, nf4; r 64, ctx_len 1024, micro_bsz 1.
 TUTORIAL = {"0.1B": (2.7, 2.5, 2.4), "0.4B": (3.4, 2.9, 2.7), "1.5B": (5.6, 4.6, 3.9), "2.9B": (8.8, 6.7, 5.7),
             "v6 1.6B": (7.3, 5.9, 5.4), "v6 3B": (11.8, 9.4, 8.1), "v6 7B": (23.7, 17.3, 14.9)}
 TUTORIAL_SETTINGS = config.replace(Settings(), precision="bf16", ctx_len=1024, r=64, lora_alpha=32.0, lora_dropout=0.05)
+TOO_LARGE = "take a smaller base, r or ctx_len"
 QUANTS = ("none", "int8", "nf4")
 
 
@@ -209,10 +212,10 @@ def _loss_bytes(shape: Shape, T: int, t: TrainSettings, gpu: bool) -> int:
 
 # -- what to do about it ----------------------------------------------------------------------------------------------
 
-def card(accelerator: str = "auto") -> tuple[str, int, bool]:
+def card(accelerator: str = "auto", number: int = 0) -> tuple[str, int, bool]:
     """Name and bytes of what a run would train on, and whether it is a GPU. On a CPU: the machine's memory."""
     if accelerator != "cpu" and torch.cuda.is_available():
-        found = torch.cuda.get_device_properties(0)
+        found = torch.cuda.get_device_properties(number)
         return found.name, found.total_memory, True
     return "this machine's memory", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), False
 
@@ -239,6 +242,11 @@ def smaller(settings: Settings, *, gpu: bool) -> Iterator[dict]:
         yield {"chunk_ctx": chunk // 2}
 
 
+def words(change: dict) -> str:
+    """A change as a person reads it: micro_bsz 2, accumulate_grad_batches 4."""
+    return ", ".join(f"{name} {value}" for name, value in change.items())
+
+
 def cheapest_change(shape: Shape, settings: Settings, limit: int, *, gpu: bool) -> dict | None:
     """The first of `smaller` with which the run fits into `limit` bytes, else all of them up to where it does, else
     None. {} where it fits already."""
@@ -255,19 +263,20 @@ def warning(shape: Shape, settings: Settings, name: str, limit: int, *, gpu: boo
     if need <= limit:
         return ""
     change = cheapest_change(shape, settings, limit, gpu=gpu)
-    words = "with " + ", ".join(f"{k} {v}" for k, v in change.items()) if change else "only with a smaller base or r"
-    return (f"WARNING: this run needs about {need / 1e9:.2f} GB, and {name} has {limit / 1e9:.2f} GB; it should fit "
-            f"{words}")
+    return (f"WARNING: this run needs about {need / 1e9:.2f} GB, and {name} has {limit / 1e9:.2f} GB; "
+            + (f"it should fit with {words(change)}" if change else f"no setting makes it fit: {TOO_LARGE}"))
 
 
-def next_smaller(shape: Shape, settings: Settings, part: str | None = None, *, gpu: bool) -> dict | None:
-    """What to try after a run was out of memory: the first of `smaller` that saves 3 % or more, of all or of one part,
-    and lets the optimizer keep its state."""
+def next_smaller(shape: Shape, settings: Settings, *, loading: bool = False, resumed: bool = True, gpu: bool
+                 ) -> dict | None:
+    """What to try after a run was out of memory: the first of `smaller` that saves 3 % or more, of a step or (loading)
+    of what is there before one. resumed: the optimizer has a state, and keeps it."""
     def size(change: dict) -> int:
         told = estimate(shape, config.replace(settings, **change), gpu=gpu)
-        return told.largest[part] if part else told.allocated
+        return sum(told.largest[part] for part in ("weights", "LoRA", "optimizer")) if loading else told.allocated
 
-    return next((c for c in smaller(settings, gpu=gpu) if "adam_state" not in c and size(c) <= 0.97 * size({})), None)
+    return next((c for c in smaller(settings, gpu=gpu) if not (resumed and "adam_state" in c)
+                 and size(c) <= 0.97 * size({})), None)
 
 
 def largest_micro_bsz(shape: Shape, settings: Settings, limit: int, *, gpu: bool) -> int:
