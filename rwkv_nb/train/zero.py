@@ -94,7 +94,8 @@ class DeepSpeedUpdate(Update):
         own = self.engine.optimizer.optimizer
         steps = [state["step"] for state in own.state.values() if "step" in state]
         whole = self._deepspeed.utils.safe_get_full_optimizer_state
-        state = {i: {"step": steps[0].cpu(), **{name: whole(p, name).cpu() for name in AVERAGES}}
+        # each parameter has a step of its own: one that all shared would be counted up by each of them
+        state = {i: {"step": steps[0].clone().cpu(), **{name: whole(p, name).cpu() for name in AVERAGES}}
                  for i, p in enumerate(self.parameters)} if steps else {}
         groups = [{**own.param_groups[0], "params": list(range(len(self.parameters)))}]
         return {"state": state, "param_groups": groups}
