@@ -13,7 +13,7 @@ import torch
 from .. import config
 from ..config import LiveSettings, Settings
 from ..errors import RunError
-from ..memory import SAME_NUMBERS
+from ..fit import SAME_NUMBERS
 from ..runs import Run, atomic_path
 
 FORMAT = 2

@@ -16,7 +16,7 @@ from typing import TypeVar
 from .. import config
 from ..config import LiveSettings, Settings
 from ..errors import SettingsError, TrainingError
-from ..memory import TOO_LARGE, words
+from ..fit import TOO_LARGE, words
 from ..runs import Run, write_text
 from .before import description, notices, quant_notice
 from .checkpoint import Checkpoint, load_checkpoint, to_resume

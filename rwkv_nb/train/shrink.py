@@ -11,7 +11,7 @@ import torch
 
 from ..config import Settings
 from ..errors import out_of_memory
-from ..memory import card, next_smaller, warning
+from ..fit import card, next_smaller, warning
 from ..model import load_weights, read_shape
 
 T = TypeVar("T")
