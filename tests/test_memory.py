@@ -3,6 +3,7 @@
 import functools
 import operator
 import os
+import random
 
 import pytest
 import torch
@@ -187,3 +188,16 @@ def test_what_is_free_is_what_counts():
     ballast = torch.ones(2**26)
     assert not gpu and 0 < size < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") and name
     assert abs(card("cpu")[1] - size) < ballast.nbytes
+
+
+def test_the_held_out_loss_takes_no_more_than_a_step(trainer_of, tmp_path):
+    """Of many short texts each has a state; they are not all there at once."""
+    texts = ("".join(random.Random(i).choices("abcdefgh", k=6)) for i in range(60))
+    (tmp_path / "heldout.jsonl").write_text("".join(f'{{"text": "{text}"}}\n' for text in texts))
+    trainer, most = trainer_of(MID, grad_cp="block", eval_file=str(tmp_path / "heldout.jsonl")), []
+    trainer.train_step(trainer.settings.train.live)
+    for work in (lambda: trainer.train_step(trainer.settings.train.live), trainer.heldout_loss):
+        with LiveBytes() as live:
+            work()
+        most.append(live.peak)
+    assert most[1] < most[0]

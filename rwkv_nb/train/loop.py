@@ -25,13 +25,14 @@ from ..config import LiveSettings, Settings, check, check_together
 from ..data.batches import Batch, Batches
 from ..data.sources import open_split
 from ..errors import SettingsError, TrainingError
-from ..evaluate import text_loss
+from ..evaluate import TEXTS, text_loss
 from ..generate import generate
 from ..lora.adapter import adapter_tensors, save_adapter, set_adapter_tensors
 from ..lora.layers import adapter_parameters, attach, set_dropout_step, strength
 from ..lora.merge import merge
 from ..lora.parts import trained_parts
 from ..loss import head_loss
+from ..memory import rows
 from ..model import DTYPES, fingerprint, load_model
 from ..runs import Run
 from ..tokenizer import get_tokenizer
@@ -164,9 +165,14 @@ class Trainer:
 
     def heldout_loss(self) -> float:
         """Mean cross-entropy over the held-out documents, nats per trained token; all processes call this."""
-        at_once = self.settings.train.micro_bsz * self.settings.data.ctx_len  # as in a step, which needs more memory
-        return self.ranks.tell(self.optimizer.compute(lambda: text_loss(self.model, self.heldout, op=self.op,
-                                                                        at_once=at_once)))
+        # No more memory than a step takes: as many tokens at once, and no more states of texts, which are there three
+        # times for a moment, than inputs of blocks, which a step keeps in any case.
+        ctx_len, L = self.settings.data.ctx_len, self.model.shape.n_layer
+        at_once = rows(self.settings) * min(ctx_len, self.settings.train.chunk_ctx or ctx_len)
+        state = sum(part.nbytes for part in self.model.zero_state(1))
+        texts = L * at_once * self.model.ln_out.weight.nbytes // (3 * state)
+        how = {"op": self.op, "at_once": at_once, "texts": max(1, min(texts, TEXTS))}
+        return self.ranks.tell(self.optimizer.compute(lambda: text_loss(self.model, self.heldout, **how)))
 
     def answers(self, prompts: Sequence[str], max_tokens: int, *, base: bool) -> list[str]:
         """What the adapter writes, or the base without it; all processes call this."""
