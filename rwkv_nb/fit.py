@@ -22,8 +22,9 @@ from .model import Shape
 # between them: 1 to 9 % in tests/benchmarks/results/memory_prediction.json. A part of that it gives back when short.
 SPARE = 0.05
 BUSY = 4096   # tokens of a micro-batch with which a device has enough to do: our guess, not measured
+OF_STEPS = ("grad_cp", "micro_bsz", "accumulate_grad_batches", "chunk_ctx")   # what is loaded is the same under these
 # What costs no more than time for less memory, and leaves every step as it was but for rounding and dropout's masks.
-SAME_NUMBERS = ("emb_cpu", "grad_cp", "micro_bsz", "accumulate_grad_batches", "chunk_ctx")
+SAME_NUMBERS = ("emb_cpu", *OF_STEPS)
 TOO_LARGE = "take a smaller base, r or ctx_len"
 
 
@@ -131,7 +132,7 @@ def next_smaller(shape: Shape, settings: Settings, *, loading: bool = False, res
         told = estimate(shape, config.replace(settings, **change), gpu=gpu)
         return sum(told.largest[part] for part in ("weights", "LoRA", "optimizer")) if loading else told.allocated
 
-    changes = list(smaller(settings, gpu=gpu))
+    changes = [change for change in smaller(settings, gpu=gpu) if not (loading and change.keys() & set(OF_STEPS))]
     if resumed:
         changes = sorted((change for change in changes if "adam_state" not in change),
                          key=lambda change: not change.keys() <= set(SAME_NUMBERS))

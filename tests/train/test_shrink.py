@@ -96,7 +96,7 @@ import json, os, resource, sys, time
 import torch
 torch.set_num_threads(1)   # no thread has to start where no memory is left: libgomp ends the process then
 from rwkv_nb.config import Settings, from_dict
-from rwkv_nb.memory import next_smaller
+from rwkv_nb.fit import next_smaller
 from rwkv_nb.model import load_weights, read_shape
 from rwkv_nb.runs import Run
 from rwkv_nb.train.session import TrainSession
@@ -121,12 +121,17 @@ print(json.dumps([end.status, end.step, told, Run(sys.argv[1]).settings().train.
 """
 
 
-@pytest.mark.parametrize("answer, outcome", [("resume", ["finished", 1, "int8"]), ("stop", ["stopped", 0, "none"])])
-def test_a_base_for_which_there_is_no_memory_is_held_in_less(tmp_path, settings, answer, outcome):
-    path = tmp_path / "base.pth"
+@pytest.fixture(scope="module")
+def large_base(tmp_path_factory):
+    path = tmp_path_factory.mktemp("large") / "base.pth"
     save_weights(path, init_weights(RWKV(Shape(8, 768, 257, 32, 32, 32, 32, 3072)), seed=0).state_dict())
-    (tmp_path / "settings").write_text(to_json(replace(settings, load_model=str(path), precision="bf16", epoch_count=1,
-                                                       epoch_steps=1)))
+    return path
+
+
+@pytest.mark.parametrize("answer, outcome", [("resume", ["finished", 1, "int8"]), ("stop", ["stopped", 0, "none"])])
+def test_a_base_for_which_there_is_no_memory_is_held_in_less(tmp_path, settings, large_base, answer, outcome):
+    (tmp_path / "settings").write_text(to_json(replace(settings, load_model=str(large_base), precision="bf16",
+                                                       epoch_count=1, epoch_steps=1)))
     done = subprocess.run([sys.executable, "-c", LOAD, str(tmp_path / "run"), str(tmp_path / "settings"), answer],
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -215,7 +220,8 @@ def one_step_more(session, then):
 
 
 def test_what_is_on_the_disk_has_the_setting_that_was_taken(tmp_path, settings):
-    asked = replace(settings, grad_cp="block", micro_bsz=1, quant_head=1, epoch_count=100, epoch_save=100)
+    asked = replace(settings, precision="bf16", grad_cp="block", micro_bsz=1, quant_head=1, epoch_count=100,
+                    epoch_save=100)
     session = held(tmp_path, asked)
     no_room_for(session, 1)
     assert "quant int8" in offered(session)
