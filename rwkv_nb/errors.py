@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import traceback
 from collections.abc import Iterable
 from pathlib import Path
@@ -66,6 +67,11 @@ def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out; torch's are RuntimeErrors, of a GPU and of a CPU."""
-    words = ("out of memory", "allocate memory", "not enough memory", "bad_alloc")
-    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(w in str(error) for w in words)
+    """Whether an error says that memory ran out; torch's are RuntimeErrors, of a GPU and of a CPU.
+
+    cuBLAS says ALLOC_FAILED, or NOT_INITIALIZED where there is no room for its handle; CUDA's error 2 is
+    cudaErrorMemoryAllocation, by its number in what our own kernels raise.
+    """
+    words = ("out of memory|allocate memory|not enough memory|bad_alloc|CUBLAS_STATUS_ALLOC_FAILED"
+             r"|CUBLAS_STATUS_NOT_INITIALIZED|CUDA error 2\b")
+    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and bool(re.search(words, str(error)))

@@ -6,15 +6,9 @@ Axes: B batch, T time, C channels, V vocabulary.
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 import functools
-import importlib.util
-import itertools
-import operator
-import os
 import weakref
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +28,7 @@ from .wkv.kernels import SAVE
 
 CONTEXT = 500_000_000     # what CUDA, or Python with torch, takes for itself
 ADAM_BYTES = {"fp32": 8.0, "bf16": 4.0, "8bit": 2 + 8 / 256}
+ADAM_AT_ONCE = 2**21      # trained numbers that bf16's step moves together, with 14 bytes each beside them
 TRACED = ("precision", "grad_cp", "quant", "quant_double", "micro_bsz", "op")  # what a block's bytes follow from
 # GB on an RTX 4090 as RWKV's LoRA tutorial publishes them: bf16, int8, nf4; r 64, ctx_len 1024, micro_bsz 1.
 TUTORIAL = {"0.1B": (2.7, 2.5, 2.4), "0.4B": (3.4, 2.9, 2.7), "1.5B": (5.6, 4.6, 3.9), "2.9B": (8.8, 6.7, 5.7),
@@ -100,7 +95,7 @@ class Estimate:
 def estimate(shape: Shape, settings: Settings, *, gpu: bool = True) -> Estimate:
     """The memory of a run on a base of this shape, on each GPU or (gpu=False) in a CPU's memory. Takes about half a
     second, and no time when asked again. Raises SettingsError as a run would for targets that fit nothing."""
-    t, live = settings.train, settings.train.live
+    t, live = dataclasses.replace(settings.train, micro_bsz=rows(settings)), settings.train.live
     T = min(settings.data.ctx_len, t.chunk_ctx or settings.data.ctx_len)
     chunked, joined = T < settings.data.ctx_len, t.devices * t.num_nodes > 1
     accumulates = chunked or live.accumulate_grad_batches > 1
@@ -123,17 +118,29 @@ def estimate(shape: Shape, settings: Settings, *, gpu: bool = True) -> Estimate:
     at_top = accumulates or each["forward"] > each["lora"]
     moments = [{"gradients": trained * accumulates, "checkpoints": whole["forward"], "loss": largest["loss"]},
                {"gradients": trained if accumulates or not at_top else 0, "checkpoints": whole["forward"] * at_top},
-               {"gradients": trained, "block peak": trained * joined}]  # summed over processes in one flat copy
+               {"gradients": trained, "block peak": trained * joined},  # summed over processes in one flat copy
+               {"gradients": trained,
+                "block peak": 14 * min(trained // 4, ADAM_AT_ONCE) * (t.adam_state == "bf16")}]
     moments[1]["block peak"] = whole["backward"] + trained * accumulates - sum(moments[1].values())
     moment = dict.fromkeys(("gradients", "checkpoints", "block peak", "loss"), 0) | max(
         moments, key=lambda parts: sum(parts.values()))
     return Estimate(largest, largest | moment)
 
 
+def rows(settings: Settings) -> int:
+    """Rows of a micro-batch: with dataload "only" one, whatever micro_bsz says."""
+    return 1 if settings.data.dataload == "only" else settings.train.micro_bsz
+
+
 def _workspaces() -> int:
-    """Bytes that torch allocates for cuBLAS: for forward's thread and for autograd's, each 32 MiB from Hopper on."""
-    new = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9
-    return 2 * (2**25 if new else 2**23 + 2**17)
+    """Bytes that torch allocates for cuBLAS: for forward's thread and for autograd's. Which GPUs get 32 MiB each is
+    another matter in each version of torch: from 2.13 on it says so."""
+    if not torch.cuda.is_available():
+        return 2 * (2**23 + 2**17)
+    torch.cuda.init()
+    if hasattr(torch.backends.cuda, "cublas_workspace_size"):
+        return 2 * torch.backends.cuda.cublas_workspace_size()
+    return 2 * (2**25 if torch.cuda.get_device_capability()[0] >= 9 else 2**23 + 2**17)
 
 
 def numberless(shape: Shape, lora: LoraSettings, t: TrainSettings) -> RWKV:
@@ -167,7 +174,8 @@ def _step(shape: Shape, lora: LoraSettings, T: int, gpu: bool, t: TrainSettings)
             state, after = (State(*(part.requires_grad_() for part in model.zero_state(B))) for _ in range(2))
         hidden, kept = model.hidden(tokens, state, op=op, grad_cp=t.grad_cp, keep_state=bool(t.chunk_ctx))
         forward, live.peak = live.now - before, live.now
-        torch.autograd.backward([hidden, *(kept or ())], [torch.empty_like(hidden), *(after or ())])
+        ends = [(hidden, torch.empty_like(hidden)), *zip(kept or (), after or (), strict=True)]
+        torch.autograd.backward(*zip(*(end for end in ends if end[0].requires_grad), strict=True))
         backward = live.peak - before
     if gpu and op == "cpu":  # the GPU's kernels keep states too, for as long as a block keeps anything
         states = -(-T // SAVE) * B * C * shape.head_size * 4
@@ -202,74 +210,3 @@ def _loss_bytes(shape: Shape, T: int, t: TrainSettings, gpu: bool) -> int:
     fp32 = (rows if gpu else min(max(SLICE // V, 1), rows)) * V * (4 if itemsize == 4 else 8)
     head = min(HEAD_ROWS, V) * C * itemsize if t.quant_head else 0
     return 2 * tokens * C * itemsize + rows * V * itemsize + max(fp32, head)
-
-
-# -- what to do about it ----------------------------------------------------------------------------------------------
-
-def card(accelerator: str = "auto") -> tuple[str, int, bool]:
-    """Name and bytes of what a run would train on, and whether it is a GPU. On a CPU: the machine's memory."""
-    if accelerator != "cpu" and torch.cuda.is_available():
-        found = torch.cuda.get_device_properties(0)
-        return found.name, found.total_memory, True
-    return "this machine's memory", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), False
-
-
-def smaller(settings: Settings, *, gpu: bool) -> Iterator[dict]:
-    """Changes of settings that need less memory, each alone, what costs least first. Halving micro_bsz while doubling
-    accumulate_grad_batches leaves every step as it was."""
-    t = settings.train
-    packed = importlib.util.find_spec("bitsandbytes") is not None
-    if gpu and not t.emb_cpu:
-        yield {"emb_cpu": 1}
-    yield from ({"grad_cp": way} for way in ("selective", "block")[("none", "selective", "block").index(t.grad_cp):])
-    B, accumulate = t.micro_bsz, t.live.accumulate_grad_batches
-    for smaller_B in [b for b in range(B - 1, 0, -1) if B % b == 0]:
-        yield {"micro_bsz": smaller_B, "accumulate_grad_batches": accumulate * B // smaller_B}
-    if packed and t.adam_state != "8bit":
-        yield {"adam_state": "8bit"}
-    if packed and not t.quant_head:
-        yield {"quant_head": 1}
-    if packed and t.quant != "nf4":
-        yield from ({"quant": kind} for kind in ("int8", "nf4")[t.quant == "int8":])
-    chunk = t.chunk_ctx or settings.data.ctx_len
-    if chunk > 256:
-        yield {"chunk_ctx": chunk // 2}
-
-
-def cheapest_change(shape: Shape, settings: Settings, limit: int, *, gpu: bool) -> dict | None:
-    """The first of `smaller` with which the run fits into `limit` bytes, else all of them up to where it does, else
-    None. {} where it fits already."""
-    def fits(change: dict) -> bool:
-        return estimate(shape, config.replace(settings, **change), gpu=gpu).total <= limit
-
-    alone = [{}, *smaller(settings, gpu=gpu)]
-    return next((change for change in (*alone, *itertools.accumulate(alone, operator.or_)) if fits(change)), None)
-
-
-def warning(shape: Shape, settings: Settings, name: str, limit: int, *, gpu: bool) -> str:
-    """What to say before a run that needs more than the `limit` bytes of `name`, with the cheapest change; else ""."""
-    need = estimate(shape, settings, gpu=gpu).total
-    if need <= limit:
-        return ""
-    change = cheapest_change(shape, settings, limit, gpu=gpu)
-    words = "with " + ", ".join(f"{k} {v}" for k, v in change.items()) if change else "only with a smaller base or r"
-    return (f"WARNING: this run needs about {need / 1e9:.2f} GB, and {name} has {limit / 1e9:.2f} GB; it should fit "
-            f"{words}")
-
-
-def next_smaller(shape: Shape, settings: Settings, part: str | None = None, *, gpu: bool) -> dict | None:
-    """What to try after a run was out of memory: the first of `smaller` that saves 3 % or more, of all or of one part,
-    and lets the optimizer keep its state."""
-    def size(change: dict) -> int:
-        told = estimate(shape, config.replace(settings, **change), gpu=gpu)
-        return told.largest[part] if part else told.allocated
-
-    return next((c for c in smaller(settings, gpu=gpu) if "adam_state" not in c and size(c) <= 0.97 * size({})), None)
-
-
-def largest_micro_bsz(shape: Shape, settings: Settings, limit: int, *, gpu: bool) -> int:
-    """The largest micro_bsz up to 1024 with which the run fits into `limit` bytes; 0 where not even 1 does."""
-    def fits(B: int) -> bool:
-        return estimate(shape, config.replace(settings, micro_bsz=B), gpu=gpu).total <= limit
-
-    return bisect.bisect_left(range(1, 1025), True, key=lambda B: not fits(B))

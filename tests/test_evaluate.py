@@ -69,6 +69,14 @@ def test_text_loss_is_the_mean_over_trained_tokens(model, at_once, monkeypatch):
     assert text_loss(model, docs, at_once=at_once) == pytest.approx(loss_by_hand(model, docs), abs=1e-5)
 
 
+def test_no_more_texts_than_asked_are_read_side_by_side(model, monkeypatch):
+    seen, hidden = [], model.hidden
+    monkeypatch.setattr(model, "hidden", lambda x, *args, **how: seen.append(len(x)) or hidden(x, *args, **how))
+    docs = documents(9)
+    assert text_loss(model, docs, texts=2) == pytest.approx(loss_by_hand(model, docs), abs=1e-5)
+    assert max(seen) == 2 < len(docs)
+
+
 def test_text_that_trains_nothing_is_an_error(model):
     with pytest.raises(DataError, match="no token"):
         text_loss(model, [Doc((np.array([1, 2, 3], dtype=np.uint16), np.zeros(3, dtype=bool)))])

@@ -40,12 +40,16 @@ def notices(trainer: Trainer) -> list[str]:
         told.append(f"WARNING: lr_init {t.live.lr_init:g} is high for a model of this size: 2e-5 … 1e-4 are usual")
     if t.strategy.startswith("deepspeed") and size == 1:
         told.append(f"strategy {t.strategy} is not needed: one device trains alone")
-    if t.quant != "none":
-        told.append(f"the base is held in {t.quant} while it trains; merging goes into the original base, as its "
-                    "file has it")
+    told += quant_notice(t)
     together = f", {size} processes ({'ddp' if t.strategy == 'auto' else t.strategy})" if size > 1 else ""
     return [*told, *trainer.batches.notices(), _disk_notice(trainer),
             f"operator: {trainer.op}, on {trainer.device}{together}"]
+
+
+def quant_notice(t: TrainSettings) -> list[str]:
+    """What a person should know of a quantised base; nothing of another."""
+    return [] if t.quant == "none" else [f"the base is held in {t.quant} while it trains; merging goes into the "
+                                         "original base, as its file has it"]
 
 
 def _disk_notice(trainer: Trainer) -> str:

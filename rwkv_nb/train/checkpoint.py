@@ -5,7 +5,6 @@ Dropout needs no random state here: its masks follow from (seed, step, micro-bat
 
 from __future__ import annotations
 
-import dataclasses
 import pickle
 from dataclasses import dataclass
 
@@ -14,14 +13,15 @@ import torch
 from .. import config
 from ..config import LiveSettings, Settings
 from ..errors import RunError
+from ..fit import SAME_NUMBERS
 from ..runs import Run, atomic_path
 
 FORMAT = 2
 # What may change between a checkpoint and its resumption: where it runs, what is watched, what is written,
-# and what needs less memory for the same numbers.
+# and what needs less memory for the same numbers (the order of the data does not depend on micro_bsz).
 FREE = {*config.field_names(LiveSettings()), "proj_dir", "checkpoint_seconds", "devices", "num_nodes", "node_rank",
         "master_addr", "strategy", "eval_file", "early_stop", "spike_factor", "on_spike", "wandb", "merge",
-        "epoch_save", "grad_cp", "emb_cpu"}
+        "epoch_save", *SAME_NUMBERS}
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class Checkpoint:
     format: int = FORMAT
 
     def save(self, run: Run) -> None:
-        """Write checkpoint.pt whole; the one before stays until then."""
+        """Write checkpoint.pt whole; the one before stays until then. No tensor is copied beside itself first."""
         with atomic_path(run.checkpoint_file) as path:
-            torch.save(dataclasses.asdict(self), path)
+            torch.save(vars(self), path)
 
     def live_settings(self) -> LiveSettings:
         """LiveSettings as they were at this step."""

@@ -54,7 +54,10 @@ def session_for(run: Run | str, settings: Settings | None = None, **options) -> 
 
 
 class LaunchedSession(Waiting):
-    """What a TrainSession is, for a run in processes of its own: the same controls, the same snapshots."""
+    """What a TrainSession is, for a run in processes of its own: the same controls, the same snapshots.
+
+    Where memory runs out it ends and says what to change; the new session goes on from the last checkpoint.
+    """
 
     def __init__(self, run: Run | str, settings: Settings | None = None, *, prompts: Sequence[str] = (),
                  start: str = "auto", max_tokens: int = 60):

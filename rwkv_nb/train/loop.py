@@ -13,18 +13,19 @@ import resource
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..config import LiveSettings, Settings, check
+from ..config import LiveSettings, Settings, check, check_together
 from ..data.batches import Batch, Batches
 from ..data.sources import open_split
 from ..errors import SettingsError, TrainingError
-from ..evaluate import text_loss
+from ..evaluate import TEXTS, text_loss
 from ..generate import generate
 from ..lora.adapter import adapter_tensors, save_adapter, set_adapter_tensors
 from ..lora.layers import adapter_parameters, attach, set_dropout_step, strength
@@ -32,6 +33,7 @@ from ..lora.merge import merge
 from ..lora.meta import AdapterMeta
 from ..lora.parts import trained_parts
 from ..loss import head_loss
+from ..memory import rows
 from ..model import DTYPES, fingerprint, load_model
 from ..runs import Run
 from ..tokenizer import get_tokenizer
@@ -68,6 +70,20 @@ def keep_freed_memory() -> None:
             mallopt(parameter, 2**30)
 
 
+@dataclass(frozen=True)
+class Gradients:
+    """An optimizer step that is half done: its gradients are there, and nothing has changed yet."""
+
+    live: LiveSettings
+    micro_batches: list[Batch]
+    n_trained: int      # tokens, of all processes
+    tokens: int         # with the untrained ones and padding
+    lr: float
+    loss: float         # mean cross-entropy, nats per trained token
+    fault: str          # why they must not be used, or ""
+    began: float        # time.perf_counter()
+
+
 class Trainer:
     """A run's model, adapter, data and optimizer.
 
@@ -77,6 +93,7 @@ class Trainer:
 
     def __init__(self, run: Run, settings: Settings, ranks: Ranks | None = None):
         check(settings)
+        check_together(settings)
         t = settings.train
         for name, value in (("load_model", t.load_model), ("data_file", settings.data.data_file or
                                                            settings.data.data_type == "dummy")):
@@ -89,6 +106,7 @@ class Trainer:
             keep_freed_memory()
         else:
             torch.cuda.set_device(self.device)  # holds for this thread alone
+            torch.cuda.reset_peak_memory_stats(self.device)  # the peak is this run's own
         if t.precision == "tf32" and self.device.type == "cpu":
             raise SettingsError("tf32 is a GPU's arithmetic", where="precision", fix="use fp32 or bf16 on a CPU")
         torch.backends.cuda.matmul.allow_tf32 = t.precision == "tf32"
@@ -113,14 +131,16 @@ class Trainer:
         self.logs = Logs(run, settings, write=not self.ranks.rank)
         self.step, self.epoch_loss = 0, [0.0, 0]
         self._losses, self._skips = deque(maxlen=SPIKE_WINDOW), 0
+        shared_out = self.ranks.size > 1 and t.strategy.startswith("deepspeed")
+        self._update = None if shared_out else Update(self.parameters, t, self.ranks)
         self._stand()
 
-    @cached_property
+    @property
     def optimizer(self) -> Update:
-        """Made when the adapter has its first values: DeepSpeed takes a copy. One process alone needs none of it."""
-        if self.ranks.size > 1 and self.settings.train.strategy.startswith("deepspeed"):
-            return DeepSpeedUpdate(self.model, self.parameters, self.settings.train, self.ranks, self.device)
-        return Update(self.parameters, self.settings.train, self.ranks)
+        """DeepSpeed's is made at its first use, when the adapter has its first values: it takes a copy of them."""
+        if self._update is None:
+            self._update = DeepSpeedUpdate(self.model, self.parameters, self.settings.train, self.ranks, self.device)
+        return self._update
 
     def _agree(self) -> None:
         """Raise SettingsError where another process of this run has another base or other data."""
@@ -146,9 +166,14 @@ class Trainer:
 
     def heldout_loss(self) -> float:
         """Mean cross-entropy over the held-out documents, nats per trained token; all processes call this."""
-        at_once = self.settings.train.micro_bsz * self.settings.data.ctx_len  # as in a step, which needs more memory
-        return self.ranks.tell(self.optimizer.compute(lambda: text_loss(self.model, self.heldout, op=self.op,
-                                                                        at_once=at_once)))
+        # No more memory than a step takes: as many tokens at once, and no more states of texts, which are there three
+        # times for a moment, than inputs of blocks, which a step keeps in any case.
+        ctx_len, L = self.settings.data.ctx_len, self.model.shape.n_layer
+        at_once = rows(self.settings) * min(ctx_len, self.settings.train.chunk_ctx or ctx_len)
+        state = sum(part.nbytes for part in self.model.zero_state(1))
+        texts = L * at_once * self.model.ln_out.weight.nbytes // (3 * state)
+        how = {"op": self.op, "at_once": at_once, "texts": max(1, min(texts, TEXTS))}
+        return self.ranks.tell(self.optimizer.compute(lambda: text_loss(self.model, self.heldout, **how)))
 
     def answers(self, prompts: Sequence[str], max_tokens: int, *, base: bool) -> list[str]:
         """What the adapter writes, or the base without it; all processes call this."""
@@ -156,64 +181,76 @@ class Trainer:
             return self.optimizer.compute(lambda: generate(self.model, self.tokenizer, prompts, max_tokens=max_tokens,
                                                            template=self.settings.data.template, op=self.op))
 
-    def train_step(self, live: LiveSettings, before_update: Callable[[], None] = lambda: None) -> dict:
-        """One optimizer step under `live`; returns its row of metrics.
+    def train_step(self, live: LiveSettings) -> dict:
+        """One optimizer step under `live`; returns its row of metrics, as of update()."""
+        return self.update(self.gradients(live))
 
-        before_update is called once the loss has shown that the adapter is sound, and before it changes: the moment
-        for a checkpoint. A loss or gradient that is not a number, and a spike, leave the adapter as it is:
-        TrainingError, or with on_spike=skip a row that is a "skip" event and has no loss.
-        """
+    def gradients(self, live: LiveSettings) -> Gradients:
+        """The first half of an optimizer step. Adapter, optimizer and place in the data are still what they were, and
+        the loss has shown that they are sound: the moment for a checkpoint, unless it says otherwise (`fault`)."""
         began, t = time.perf_counter(), dataclasses.replace(self.settings.train, live=live)
         self.batches.accumulate(live.accumulate_grad_batches)
         self._stand()
         micro_batches = self.batches.next_step()
         mine = [(int(batch.mask.sum()), batch.inputs.numel()) for batch in micro_batches]
         n_trained, tokens = map(sum, zip(*(n for rank in self.ranks.ask(mine) for n in rank), strict=True))
-        lr = learning_rate(self.step, self.total_steps, t)
-        loss, norm, fault = self._learn(micro_batches, n_trained, live, lr, before_update)
+        loss = self._learn(micro_batches, n_trained, live.lora_dropout)
+        return Gradients(live, micro_batches, n_trained, tokens, learning_rate(self.step, self.total_steps, t), loss,
+                         self._fault(loss), began)
+
+    def update(self, gradients: Gradients) -> dict:
+        """The second half: the adapter changes. Returns the step's row of metrics.
+
+        A loss or gradient that is not a number, and a spike, leave the adapter as it is: TrainingError, or with
+        on_spike=skip a row that is a "skip" event and has no loss. After any other error the adapter may be half
+        changed: only a checkpoint is good then.
+        """
+        g, fault, norm = gradients, gradients.fault, math.nan
+        if fault:
+            self.optimizer.zero_grad()
+        else:
+            norm = self._move(g)
+            fault = "" if math.isfinite(norm) else f"gradient norm {norm}: not a number"
         if fault:
             self._skips += 1
-            if t.on_spike == "stop" or self._skips > MOST_SKIPS:
+            if self.settings.train.on_spike == "stop" or self._skips > MOST_SKIPS:
                 raise TrainingError(fault, where=f"step {self.step + 1}", fix=_NOT_A_NUMBER)
         else:
-            self._losses.append(loss)
+            self._losses.append(g.loss)
             self._skips = 0
-            self.epoch_loss = [self.epoch_loss[0] + loss * n_trained, self.epoch_loss[1] + n_trained]
+            self.epoch_loss = [self.epoch_loss[0] + g.loss * g.n_trained, self.epoch_loss[1] + g.n_trained]
         self.step += 1
         self._stand()
         if fault:
-            return {"step": self.step, "event": "skip", "why": fault, "lr": lr}
-        return {"step": self.step, "epoch": round(self.epoch + self.part_of_epoch, 4), "loss": loss, "lr": lr,
-                "grad_norm": norm, "tokens": n_trained,
-                "tokens_per_s": round(tokens / (time.perf_counter() - began), 1),
+            return {"step": self.step, "event": "skip", "why": fault, "lr": g.lr}
+        return {"step": self.step, "epoch": round(self.epoch + self.part_of_epoch, 4), "loss": g.loss, "lr": g.lr,
+                "grad_norm": norm, "tokens": g.n_trained,
+                "tokens_per_s": round(g.tokens / (time.perf_counter() - g.began), 1),
                 "peak_memory_mb": round(self._peak_memory() / 1e6, 1)}
 
-    def _learn(self, micro_batches: Sequence[Batch], n_trained: int, live: LiveSettings, lr: float,
-               before_update: Callable[[], None]) -> tuple[float, float, str]:
-        """Gradients and update of one step: mean loss, gradient norm, and why nothing was changed, or "".
+    def _learn(self, micro_batches: Sequence[Batch], n_trained: int, dropout: float) -> float:
+        """Make one step's gradients; returns its mean loss."""
+        ce = torch.zeros((), device=self.device)
+        for micro, batch in enumerate(micro_batches):
+            number = micro * self.ranks.size + self.ranks.rank
+            ce += self.optimizer.compute(partial(self._backward, batch, n_trained, number, dropout))
+        self.ranks.add([ce])
+        return float(ce) / max(n_trained, 1)
+
+    def _move(self, g: Gradients) -> float:
+        """Change the adapter; returns the gradient's norm, and where that is not a number nothing has changed.
 
         A step that overflowed under a loss scale is computed again under the smaller one, so that none is lost.
         """
         while True:
-            ce = torch.zeros((), device=self.device)
-            for micro, batch in enumerate(micro_batches):
-                number = micro * self.ranks.size + self.ranks.rank
-                ce += self.optimizer.compute(partial(self._backward, batch, n_trained, number, live.lora_dropout))
-            self.ranks.add([ce])
-            loss = float(ce) / max(n_trained, 1)
-            if fault := self._fault(loss):
-                self.optimizer.zero_grad()
-                return loss, math.nan, fault
-            before_update()
             scaled = self.optimizer.scale > 1
-            norm = self.optimizer.step(lr, live.grad_clip)
+            norm = self.optimizer.step(g.lr, g.live.grad_clip)
             if math.isfinite(norm) or not scaled:
                 break
-        if not math.isfinite(norm):
-            return loss, norm, f"gradient norm {norm}: not a number"
-        for part in trained_parts(self.model).values():
+            self._learn(g.micro_batches, g.n_trained, g.live.lora_dropout)
+        for part in trained_parts(self.model).values() if math.isfinite(norm) else ():
             part.use()                    # the model computes with a copy in its own dtype
-        return loss, norm, ""
+        return norm
 
     def _backward(self, batch: Batch, n_trained: int, micro: int, dropout: float) -> Tensor:
         """Add one micro-batch's gradients; returns its Σ cross-entropy."""
@@ -288,9 +325,10 @@ class Trainer:
                 saved.save(self.run)
 
     def release(self) -> None:
-        """Let go of all large tensors; only where the run stands can still be read."""
-        self.logs.close()
-        del self.model, self.optimizer, self.parameters
+        """Let go of all large tensors and of the logs; where the run stands and its documents can still be read."""
+        if self.model is not None:
+            self.logs.close()
+            self.model = self.parameters = self._update = None
 
     def resume(self, saved: Checkpoint) -> None:
         """Go on from a checkpoint: adapter, optimizer, data position; logs are cut back to its step."""

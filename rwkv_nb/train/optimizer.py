@@ -1,14 +1,18 @@
-"""AdamW with its two averages in fp32, bf16 or 8 bits."""
+"""AdamW with its two averages in fp32, bf16 or 8 bits. All that it keeps is there before the first step: a run that
+has memory for its optimizer has it to the end."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..config import TrainSettings
+from ..memory import ADAM_AT_ONCE
 from ..quant import bitsandbytes
+
+AVERAGES = ("exp_avg", "exp_avg_sq")   # torch's names for them
 
 
 def make_optimizer(parameters: Sequence[nn.Parameter], t: TrainSettings) -> torch.optim.Optimizer:
@@ -18,10 +22,29 @@ def make_optimizer(parameters: Sequence[nn.Parameter], t: TrainSettings) -> torc
     """
     options = {"lr": t.live.lr_init, "betas": (t.beta1, t.beta2), "eps": t.adam_eps, "weight_decay": t.weight_decay}
     if t.adam_state == "8bit":
-        return bitsandbytes().optim.AdamW8bit(parameters, **options)
+        return _adamw_8bit(parameters, options)
     if t.adam_state == "bf16":
         return HalfStateAdamW(parameters, options)
-    return torch.optim.AdamW(parameters, **options, fused=True)
+    optimizer = torch.optim.AdamW(parameters, **options, fused=True)
+    for p in parameters:
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device),
+                              **{name: torch.zeros_like(p) for name in AVERAGES}}
+    return optimizer
+
+
+def _adamw_8bit(parameters: Sequence[nn.Parameter], options: dict) -> torch.optim.Optimizer:
+    class AdamW8bit(bitsandbytes().optim.AdamW8bit):
+        @torch.no_grad()
+        def step(self, closure=None) -> None:
+            """bitsandbytes' own step, but that waits for the GPU after every single parameter."""
+            for index, p in enumerate(parameters):
+                if p.grad is not None:
+                    self.update_step(self.param_groups[0], p, 0, index)
+
+    optimizer = AdamW8bit(parameters, **options)
+    for index, p in enumerate(parameters):
+        optimizer.init_state(optimizer.param_groups[0], p, 0, index)
+    return optimizer
 
 
 class HalfStateAdamW(torch.optim.Optimizer):
@@ -31,33 +54,65 @@ class HalfStateAdamW(torch.optim.Optimizer):
     still. Which way a number is rounded follows from the step alone, so that a resumed run goes on exactly.
     """
 
+    def __init__(self, parameters: Sequence[nn.Parameter], options: dict):
+        super().__init__(parameters, options)
+        for p in parameters:
+            self.state[p] = {"step": 0, **{name: torch.zeros_like(p, dtype=torch.bfloat16)
+                                           for name in ("mean", "square")}}
+
     @torch.no_grad()
     def step(self, closure=None) -> None:
         for group in self.param_groups:
-            (beta1, beta2), lr = group["betas"], group["lr"]
-            for index, p in enumerate(group["params"]):
-                if p.grad is None:
-                    continue
-                state = self.state[p] or self._begin(p)
-                state["step"] += 1
-                generator = torch.Generator(p.device).manual_seed(state["step"] * 2**20 + index)
-                mean = state["mean"].float().lerp_(p.grad, 1 - beta1)
-                square = state["square"].float().mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
-                state["mean"].copy_(_dithered(mean, generator))
-                state["square"].copy_(_dithered(square, generator))
-                root = square.div_(1 - beta2 ** state["step"]).sqrt_().add_(group["eps"])
-                p.mul_(1 - lr * group["weight_decay"])
-                p.addcdiv_(mean, root, value=-lr / (1 - beta1 ** state["step"]))
+            for index, some in self._together(group["params"]):
+                self._move(some, index, **group)
 
-    def _begin(self, p: nn.Parameter) -> dict:
-        self.state[p] = {"step": 0, **{name: torch.zeros_like(p, dtype=torch.bfloat16) for name in ("mean", "square")}}
-        return self.state[p]
+    def _together(self, parameters: Sequence[nn.Parameter]) -> Iterator[tuple[int, list[nn.Parameter]]]:
+        """Parameters that have a gradient and as many steps behind them, up to ADAM_AT_ONCE elements, and a number
+        for each such list: on a GPU each operation is one launch for all of them."""
+        some, size = [], 0
+        for index, p in enumerate(parameters):
+            if p.grad is None:
+                continue
+            if some and (size + p.numel() > ADAM_AT_ONCE or self.state[p]["step"] != self.state[some[0]]["step"]):
+                yield index, some
+                some, size = [], 0
+            some.append(p)
+            size += p.numel()
+        if some:
+            yield len(parameters), some
+
+    def _move(self, parameters: list[nn.Parameter], index: int, *, betas, lr, eps, weight_decay, **_) -> None:
+        states, (beta1, beta2) = [self.state[p] for p in parameters], betas
+        for state in states:
+            state["step"] += 1
+        step = states[0]["step"]
+        generator = torch.Generator(parameters[0].device).manual_seed(step * 2**20 + index)
+        grad = _flat([p.grad for p in parameters])
+        mean = _flat([state["mean"] for state in states]).float().lerp_(grad, 1 - beta1)
+        square = _flat([state["square"] for state in states]).float().mul_(beta2)
+        square.addcmul_(grad, grad, value=1 - beta2)
+        del grad
+        for name, average in (("mean", mean), ("square", square)):
+            kept = _dithered(average, generator).bfloat16()
+            torch._foreach_copy_([state[name] for state in states], _parts(kept, parameters))
+        root = square.div_(1 - beta2 ** step).sqrt_().add_(eps)
+        torch._foreach_mul_(parameters, 1 - lr * weight_decay)
+        torch._foreach_add_(parameters, _parts(mean.div_(root), parameters), alpha=-lr / (1 - beta1 ** step))
 
     def load_state_dict(self, state_dict: dict) -> None:
         """As of any optimizer, but the averages stay in bf16 (torch would give them the parameter's dtype)."""
         super().load_state_dict(state_dict)
         for state in self.state.values():
             state.update({name: state[name].bfloat16() for name in ("mean", "square")})
+
+
+def _flat(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([t.flatten() for t in tensors])
+
+
+def _parts(flat: Tensor, like: list[nn.Parameter]) -> list[Tensor]:
+    """The parts of a flat tensor that belong to each parameter, in its shape."""
+    return [part.view_as(p) for part, p in zip(flat.split([p.numel() for p in like]), like, strict=True)]
 
 
 def _dithered(x: Tensor, generator: torch.Generator) -> Tensor:

@@ -1,7 +1,6 @@
 """A run that trains on a thread of its own, so that the notebook's kernel stays free and widgets stay alive.
 
-Nothing here knows a widget. Controls set a request or replace a frozen LiveSettings under a lock; the thread reads
-both once per optimizer step. A panel paints from snapshot().
+Nothing here knows a widget: a panel asks through the controls (train.controls) and paints from snapshot().
 """
 
 from __future__ import annotations
@@ -9,28 +8,32 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import threading
 import time
-from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TypeVar
 
 from .. import config
 from ..config import LiveSettings, Settings
-from ..errors import RunError, SettingsError
+from ..errors import SettingsError, TrainingError
+from ..fit import TOO_LARGE, words
 from ..runs import Run, write_text
-from .before import description, notices
-from .checkpoint import Checkpoint, to_resume
+from .before import description, notices, quant_notice
+from .checkpoint import Checkpoint, load_checkpoint, to_resume
+from .controls import Controls
 from .heldout import judge
 from .log import as_it_was
 from .loop import Trainer
 from .ranks import Ranks
-from .shrink import Shrinking
-from .snapshot import DONE, Orders, Sample, Snapshot, Waiting
+from .shrink import Room, Stopped, forget_frames, free_memory, if_memory_lasts
+from .snapshot import DONE, Orders, Sample, Snapshot
 
 __all__ = ["DONE", "Sample", "Snapshot", "TrainSession"]
 
+T = TypeVar("T")
 
-class TrainSession(Shrinking, Waiting):
+
+class TrainSession(Controls):
     """Fine-tune in the background: session = TrainSession(run); session.start(); await session.wait().
 
     run:      the run's folder, or its path
@@ -42,6 +45,8 @@ class TrainSession(Shrinking, Waiting):
     planned:  changes of LiveSettings by the number of steps done before them
     ranks:    the processes of this run; the first one decides and writes, see train.launch
     ask:      when memory runs out, pause until resume() takes the smaller setting that is offered; False takes it
+
+    Once it is done nothing of the model is left in memory; where it stands, its rows and notices still are.
     """
 
     def __init__(self, run: Run | str, settings: Settings | None = None, *, prompts: Sequence[str] = (),
@@ -49,29 +54,15 @@ class TrainSession(Shrinking, Waiting):
                  ranks: Ranks | None = None, ask: bool = True):
         if start not in ("auto", "resume", "fresh"):
             raise SettingsError(f"start cannot be {start!r}", where="start", fix="use auto, resume or fresh")
-        self.run = run if isinstance(run, Run) else Run(run)
-        self.settings = settings or self.run.settings()
-        config.check(self.settings)
-        config.check_together(self.settings)
+        run = run if isinstance(run, Run) else Run(run)
+        settings = settings or run.settings()
+        config.check(settings)
+        config.check_together(settings)
+        super().__init__(run, settings)
         self.prompts, self._start_from, self._max_tokens = tuple(prompts), start, max_tokens
         self._planned, self.ranks, self._ask = dict(planned or {}), ranks or Ranks(), ask
-        self.trainer: Trainer | None = None
-        self._lock = threading.Lock()
-        self._go = threading.Event()      # cleared while paused
-        self._go.set()
-        self._stop = self._save = False
-        self._live = self.settings.train.live
-        self._pending: list[dict] = []    # events, stamped with their step by the training thread
-        self._rows: list[dict] = []
-        self._samples: list[Sample] = []
-        self._notices: list[str] = []
-        self._files: list[str] = []
         self._base_answers: list[str] = []
-        self._status, self._error = "ready", None
-        self._checkpoint_at, self._checkpoint_due = 0.0, False
-        self._seconds: deque[float] = deque(maxlen=20)
-        self._thread = threading.Thread(target=self._main, name="rwkv_nb training", daemon=True)
-        self._thread.session = self       # found by whoever asks for a run that is at work in this process
+        self._checkpoint_at, self._checkpoint_due = 0.0, False   # the first step writes one
 
     @classmethod
     def replay(cls, run: Run | str, into: Run | str | None = None, **options) -> TrainSession:
@@ -84,96 +75,38 @@ class TrainSession(Shrinking, Waiting):
         began, planned = as_it_was(run)
         return cls(into or run.folder / "replay", began, start="fresh", planned=planned, **options)
 
-    # -- controls: callable from any thread ----------------------------------------------------------------------
-
-    def start(self) -> TrainSession:
-        """Begin on the session's own thread; returns at once. One at work goes on; one that has ended is an error."""
-        if self._status in DONE:
-            raise RunError(f"this session has ended ({self._status})", where=self.run.folder,
-                           fix="make a new TrainSession to train again")
-        if self._status == "ready":
-            self._status = "preparing"
-            self._thread.start()
-        return self
-
-    def pause(self) -> None:
-        """Hold after the optimizer step that is under way."""
-        if self._go.is_set() and not self.snapshot().done:
-            self._go.clear()
-            self._event({"event": "pause"})
-
-    @property
-    def paused(self) -> bool:
-        """From pause() to resume(); the step under way at pause() still ends."""
-        return not self._go.is_set()
-
-    def resume(self) -> None:
-        """Go on after pause()."""
-        if not self._go.is_set():
-            self._event({"event": "resume"})
-            self._go.set()
-
-    def stop(self) -> None:
-        """Save a checkpoint and an adapter after the step under way, then end. A later session resumes there."""
-        self._stop = True
-        self._go.set()
-
-    def save_now(self) -> None:
-        """Save an adapter and a checkpoint after the step under way; also while paused."""
-        self._save = True
-
-    def change(self, **changes) -> LiveSettings:
-        """Change LiveSettings by name, from the next optimizer step on; each change is recorded with that step."""
-        with self._lock:
-            before, self._live = self._live, config.replace(self._live, **changes)
-            for name in changes:
-                old, new = getattr(before, name), getattr(self._live, name)
-                if old != new:
-                    self._pending.append({"event": "change", "name": name, "from": old, "to": new})
-            return self._live
-
-    def snapshot(self) -> Snapshot:
-        """The session as it is now."""
-        trainer = self.trainer
-        with self._lock:
-            step, total = (trainer.step, trainer.total_steps) if trainer else (0, 0)
-            pace = sum(self._seconds) / len(self._seconds) if self._seconds else None
-            return Snapshot(
-                status=self._status, step=step, total_steps=total,
-                epochs=trainer.epoch + trainer.part_of_epoch if trainer else 0.0, rows=tuple(self._rows),
-                samples=tuple(self._samples), notices=tuple(self._notices), files=tuple(self._files),
-                live=self._live, seconds_left=None if pace is None else pace * (total - step),
-                error=str(self._error or ""))
-
-    def result(self) -> Snapshot:
-        """The last snapshot. Raises what stopped the training."""
-        if self._error:
-            raise self._error
-        return self.snapshot()
-
     # -- the training thread -------------------------------------------------------------------------------------
 
     def _main(self) -> None:
+        status = "stopped"
         try:
-            with contextlib.nullcontext() if self.ranks.rank else self.run.lock():
+            with contextlib.nullcontext() if self.ranks.rank else self.run.lock(), contextlib.suppress(Stopped):
                 self._prepare()
                 status = self._train()
-            self.trainer.logs.close()
+            self._let_go()
         except BaseException as error:  # whatever it is, the panel shows it and wait() raises it
-            self._error = error
-            status = "failed"
+            self._error, status = error, "failed"
+            forget_frames(error)
+            with contextlib.suppress(Exception):  # the first error is the one to show
+                self._let_go()
         self._status = status
+
+    def _let_go(self) -> None:
+        if self.trainer:
+            self.trainer.release()
+        free_memory()
 
     def _prepare(self) -> None:
         first = not self.ranks.rank
-        self._warn_of_memory()
-        self.trainer = self._built()
+        self._room = Room(self.settings, self.ranks.local)
+        self._tell(*filter(None, [self._room.warning(self.settings)]))
+        self._build()
         saved = self.ranks.tell(self._choose_start() if first else None)
         self._tell(*notices(self.trainer))
         if saved:
+            self._restore_live(saved)
             self.trainer.resume(saved)
             self._rows = self.ranks.tell(self.run.metrics() if first else [])
-            self._restore_live(saved)
         elif first:
             self.run.save_settings(self.settings)
             write_text(self.run.started_file, json.dumps(description(self.trainer), indent=2, ensure_ascii=False))
@@ -190,29 +123,34 @@ class TrainSession(Shrinking, Waiting):
         return saved
 
     def _restore_live(self, saved: Checkpoint) -> None:
-        """Live settings as they were, and on top of them what was changed in settings.json since."""
-        began = config.values(config.from_dict(LiveSettings, saved.settings["train"]["live"]))
-        asked = {name: value for name, value in config.values(self._live).items() if value != began[name]}
-        with self._lock:
-            self._live = saved.live_settings()
-        self.change(**asked)
+        """Live settings as they were, and on top of them what was changed in settings.json since.
+
+        Another micro_bsz leaves each step as large as it was, unless accumulate_grad_batches was changed with it.
+        """
+        then, now = config.from_dict(Settings, saved.settings).train, self.settings.train
+        began, live, name = config.values(then.live), saved.live_settings(), "accumulate_grad_batches"
+        asked = {key: value for key, value in config.values(self._live).items() if value != began[key]}
+        if then.micro_bsz != now.micro_bsz and name not in asked:
+            live = self._as_large(live, then.micro_bsz)
+            self._tell(f"micro_bsz is {now.micro_bsz} now, {then.micro_bsz} before: {name} "
+                       f"{live.accumulate_grad_batches} keeps each step as large")
+        self._live_from(live, config.replace(live, **asked))
 
     def _train(self) -> str:
-        trainer, self._status = self.trainer, "training"
-        self._checkpoint_at = time.monotonic() + self.settings.train.checkpoint_seconds
-        if trainer.step == 0:
+        self._status = "training"
+        if self.trainer.step == 0:
             self._evaluate()              # the base's: what can be wrong with held-out data is wrong now
-        while trainer.step < trainer.total_steps:
+        while self.trainer.step < self.trainer.total_steps:
             orders, began = self._orders(), time.monotonic()
             live = orders.live
             if orders.stop:
-                self._save_adapter(f"step-{trainer.step}")
+                self._save_adapter(f"step-{self.trainer.step}")
                 self._checkpoint(live)
                 return "stopped"
             row = self._step(live)
             if row is None:
-                trainer = self._go_on_smaller(live)
-                continue
+                continue                  # it is taken again, with smaller settings
+            trainer = self.trainer
             with self._lock:              # snapshot() walks through them
                 self._seconds.append(time.monotonic() - began)
             if "event" in row or _due(live.log_every, trainer.step) or trainer.step == trainer.total_steps:
@@ -229,6 +167,88 @@ class TrainSession(Shrinking, Waiting):
                 self._answer()
         self._checkpoint(self._read_live())
         return "finished"
+
+    def _step(self, live: LiveSettings) -> dict | None:
+        """One optimizer step's row; None where memory ran out, and the trainer is another one now."""
+        gradients = self._attempt(partial(self.trainer.gradients, live))
+        if gradients is None:
+            self._checkpoint(live)        # nothing has changed since the last step
+        else:
+            if self._checkpoint_due and not gradients.fault:
+                self._checkpoint(live)
+            if row := self._attempt(partial(self.trainer.update, gradients)):
+                return row
+        self._go_on_smaller()
+
+    # -- where memory runs out -------------------------------------------------------------------------------------
+
+    def _attempt(self, work: Callable[[], T]) -> T | None:
+        """work's result, or None where memory ran out. Raises TrainingError then if other processes wait for it."""
+        result = if_memory_lasts(work)
+        if result is None and self.ranks.size > 1:
+            change = self._room.smaller(self._settings_now())
+            raise TrainingError(f"memory ran out in process {self.ranks.rank} of this run", where=self.run.folder,
+                                fix=f"start again with {words(change)}" if change else TOO_LARGE)
+        return result
+
+    def _settings_now(self) -> Settings:
+        return config.replace(self.settings, **config.values(self._live))
+
+    def _build(self, saved: Checkpoint | None = None) -> None:
+        """Make the trainer, at a checkpoint if one is given; with smaller settings as often as there is no memory."""
+        def made() -> Trainer:
+            trainer = Trainer(self.run, self.settings, self.ranks)
+            if saved:
+                trainer.resume(saved)
+            return trainer
+
+        while not (trainer := self._attempt(made)):
+            self._take_less("while the base was loaded", loading=True, resumed=bool(saved))
+        self.trainer = trainer
+
+    def _go_on_smaller(self) -> None:
+        """Free everything, and go on from the last checkpoint with smaller settings."""
+        before = self.trainer
+        before.release()
+        free_memory()
+        saved = load_checkpoint(self.run)  # on the CPU
+        lost = before.step - saved.step
+        then = saved.settings["train"]
+        change = self._take_less(f"in step {before.step + 1}", f"The run goes back {lost} steps, to its checkpoint"
+                                 if lost else "Nothing is lost")
+        self._build(saved)
+        self._rows = self.run.metrics()
+        self._live_from(*(self._as_large(live, then["micro_bsz"]) for live in (saved.live_settings(), self._live)))
+        self._row({"step": self.trainer.step, "event": "out of memory", "offer": change})
+        self._tell(*quant_notice(self.settings.train) if self.settings.train.quant != then["quant"] else ())
+        self._checkpoint(self._live)      # what is on the disk has the new settings too
+
+    def _take_less(self, where: str, outcome: str = "Nothing is lost", **how) -> dict:
+        """Offer the next settings that need less (`how`: as of Room.smaller), and take them after resume(), or at once
+        if not asked. Raises TrainingError where nothing smaller is left, Stopped where stop() is the answer."""
+        change = self._room.smaller(self._settings_now(), **how)
+        if not change:
+            raise TrainingError("memory ran out, and no setting is left that needs less", where=where, fix=TOO_LARGE)
+        self._tell(f"WARNING: memory ran out {where}. {outcome}: "
+                   + ("resume to go on with " if self._ask else "going on with ") + words(change))
+        if self._ask and not self._stop:
+            self._go.clear()
+        self._status = "paused" if self.paused else "preparing"
+        self._go.wait()
+        if self._stop:
+            raise Stopped
+        self._status = "preparing"
+        self.settings = config.replace(self.settings, **change)
+        if self.run.settings_file.exists():
+            self.run.update(**change)     # and leaves what was set in the form meanwhile
+        return change
+
+    def _as_large(self, live: LiveSettings, before: int) -> LiveSettings:
+        """`live` with which a step is as large as under the micro_bsz before."""
+        count = max(1, round(live.accumulate_grad_batches * before / self.settings.train.micro_bsz))
+        return config.replace(live, accumulate_grad_batches=count)
+
+    # -- between the steps ---------------------------------------------------------------------------------------
 
     def _orders(self) -> Orders:
         """What every process does next; a pause lasts in here, so that all of them keep in touch."""
@@ -251,7 +271,7 @@ class TrainSession(Shrinking, Waiting):
         trainer = self.trainer
         if not trainer.heldout:
             return
-        now = self._if_memory_lasts(trainer.heldout_loss)
+        now = self._attempt(trainer.heldout_loss)
         if now is None:
             return self._tell("WARNING: memory ran out: the held-out loss is left out")
         before = [row["heldout_loss"] for row in self._rows if row.get("event") == "eval"]
@@ -261,10 +281,6 @@ class TrainSession(Shrinking, Waiting):
         self._stop |= stop
         if best:
             self._save_adapter("best")
-
-    def _checkpoint_if_due(self, live: LiveSettings) -> None:
-        if self._checkpoint_due:
-            self._checkpoint(live)
 
     def _checkpoint(self, live: LiveSettings) -> None:
         self.trainer.checkpoint(live)
@@ -278,14 +294,6 @@ class TrainSession(Shrinking, Waiting):
         for event in events:
             self._row({"step": self.trainer.step, **event})
         return live
-
-    def _tell(self, *notices: str) -> None:
-        with self._lock:
-            self._notices += notices
-
-    def _event(self, event: dict) -> None:
-        with self._lock:
-            self._pending.append(event)
 
     def _row(self, row: dict) -> None:
         self.trainer.logs.row(row)
@@ -308,7 +316,7 @@ class TrainSession(Shrinking, Waiting):
         trainer = self.trainer
         if not self.prompts or (self._samples and self._samples[-1].step == trainer.step):
             return                        # the best adapter and an epoch's are one: it has just answered
-        answers = self._if_memory_lasts(lambda: trainer.answers(self.prompts, self._max_tokens, base=base))
+        answers = self._attempt(lambda: trainer.answers(self.prompts, self._max_tokens, base=base))
         if answers is None:
             self._tell("WARNING: memory ran out: the prompts' answers are left out")
             answers = [""] * len(self.prompts)

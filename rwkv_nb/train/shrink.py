@@ -1,89 +1,67 @@
-"""Out of memory is a choice, not a crash: everything is freed, a smaller setting is offered, and once it is taken
-training goes on from the last completed step."""
+"""Out of memory is a choice, not a crash: what is still left to try, and how all that was held is let go of."""
 
 from __future__ import annotations
 
 import gc
+import traceback
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 
-from .. import config
-from ..config import LiveSettings
-from ..errors import TrainingError, out_of_memory
-from ..memory import card, next_smaller, warning
+from ..config import Settings
+from ..errors import out_of_memory
+from ..fit import card, next_smaller, warning
 from ..model import load_weights, read_shape
-from .checkpoint import load_checkpoint
-from .loop import Trainer
 
 T = TypeVar("T")
 
 
-class Shrinking:
-    """The part of TrainSession that looks after memory: where it runs out, a smaller setting is offered."""
+class Stopped(Exception):
+    """Stop was pressed where a run waited for memory: it ends without another step."""
 
-    def _warn_of_memory(self) -> None:
-        """Say, before anything is loaded, where a GPU's memory will not do."""
-        base = self.settings.train.load_model
+
+class Room:
+    """What a run's device has for it. number: the GPU's, of those of this machine."""
+
+    def __init__(self, settings: Settings, number: int = 0):
+        base = settings.train.load_model
         self._shape = read_shape(load_weights(base)) if base else None
-        name, limit, self._on_gpu = card(self.settings.train.accelerator)
-        told = warning(self._shape, self.settings, name, limit, gpu=True) if self._on_gpu and base else ""
-        self._tell(*[told] if told else ())
+        self._name, self._limit, self._gpu = card(settings.train.accelerator, number)
 
-    def _if_memory_lasts(self, work: Callable[[], T]) -> T | None:
-        """work's result, or None where memory ran out; nothing of it is left then."""
-        try:
-            return work()
-        except Exception as error:
-            if self.ranks.size > 1 or not out_of_memory(error):
-                raise
-        gc.collect()  # outside of except: the error held what the work had made
+    def warning(self, settings: Settings) -> str:
+        """What to say, before anything is loaded, where a GPU's memory will not do; else ""."""
+        if not self._gpu or not self._shape:
+            return ""
+        return warning(self._shape, settings, self._name, self._limit, gpu=True)
+
+    def smaller(self, settings: Settings, *, loading: bool = False, resumed: bool = True) -> dict | None:
+        """The settings to go on with where memory ran out in a step, or over loading; as of memory.next_smaller."""
+        return next_smaller(self._shape, settings, loading=loading, resumed=resumed, gpu=self._gpu)
+
+
+def if_memory_lasts(work: Callable[[], T]) -> T | None:
+    """work's result, or None where memory ran out; nothing of it is left then."""
+    try:
+        return work()
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+    free_memory()  # outside of except: the error held what the work had made
+    return None
+
+
+def free_memory() -> None:
+    """Give back what nothing refers to any more; a GPU's peak begins anew."""
+    gc.collect()
+    if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
-        return None
+        torch.cuda.reset_peak_memory_stats()
 
-    def _built(self) -> Trainer:
-        """The trainer, with smaller settings as often as there is no memory for it."""
-        while True:
-            trainer = self._if_memory_lasts(lambda: Trainer(self.run, self.settings, self.ranks))
-            if trainer:
-                return trainer
-            self._shrink("while the base was loaded", "weights")
 
-    def _step(self, live: LiveSettings) -> dict | None:
-        """One optimizer step's row, or None where memory ran out."""
-        return self._if_memory_lasts(lambda: self.trainer.train_step(live, lambda: self._checkpoint_if_due(live)))
-
-    def _go_on_smaller(self, live: LiveSettings) -> Trainer:
-        """Free everything, and go on from the last completed step with smaller settings."""
-        trainer = self.trainer
-        trainer.optimizer.zero_grad()
-        self._checkpoint(live)
-        saved = load_checkpoint(self.run)  # on the CPU
-        trainer.release()
-        change = self._shrink(f"in step {trainer.step + 1}")
-        self.trainer = self._built()
-        self.trainer.resume(saved)
-        self._row({"step": trainer.step, "event": "out of memory", "offer": change})
-        self.change(accumulate_grad_batches=change.get("accumulate_grad_batches", live.accumulate_grad_batches))
-        return self.trainer
-
-    def _shrink(self, where: str, part: str | None = None) -> dict:
-        """Offer the next setting that needs less, for a part alone if told so, and take it after resume(), or at once
-        if not asked. Raises TrainingError where nothing smaller is left."""
-        change = next_smaller(self._shape, self.settings, part, gpu=self._on_gpu)
-        if not change:
-            raise TrainingError("memory ran out, and no setting is left that needs less", where=where,
-                                fix="take a smaller base, r or ctx_len; the last checkpoint is good")
-        words = ", ".join(f"{name} {value}" for name, value in change.items())
-        self._tell(f"WARNING: memory ran out {where}. Nothing is lost: "
-                   + (f"resume to go on with {words}" if self._ask else f"going on with {words}"))
-        gc.collect()
-        torch.cuda.empty_cache()
-        if self._ask and not self._stop:
-            self._go.clear()
-        self._status = "paused"
-        self._go.wait()
-        self.settings = config.replace(self.settings, **change)
-        self.run.save_settings(self.settings)
-        return change
+def forget_frames(error: BaseException | None) -> None:
+    """Let go of what the functions were at work on that an error, and those that led to it, came from: whoever keeps
+    the error would keep the model. The lines of its traceback stay."""
+    while error:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__

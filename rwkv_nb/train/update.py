@@ -73,4 +73,5 @@ class Update:
 
     def load_state_dict(self, state: dict) -> None:
         """Go on from state_dict()."""
+        self.adamw.state.clear()  # else both would be there at once
         self.adamw.load_state_dict(state)

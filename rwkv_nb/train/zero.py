@@ -22,10 +22,9 @@ from torch import nn
 
 from ..config import TrainSettings
 from ..extras import extra
+from .optimizer import AVERAGES
 from .ranks import Ranks
 from .update import Update
-
-AVERAGES = ("exp_avg", "exp_avg_sq")
 
 
 class DeepSpeedUpdate(Update):
@@ -37,6 +36,7 @@ class DeepSpeedUpdate(Update):
     def __init__(self, model: nn.Module, parameters: Sequence[nn.Parameter], t: TrainSettings, ranks: Ranks,
                  device: torch.device):
         super().__init__(parameters, t, ranks)
+        self.adamw.state.clear()  # DeepSpeed makes its own, of this process's share
         os.environ.setdefault("DS_ACCELERATOR", device.type)  # DeepSpeed's own way to be told
         self._deepspeed = extra("deepspeed", "deepspeed")
         stage, _, offload = t.strategy.removeprefix("deepspeed_stage_").partition("_")
@@ -94,7 +94,8 @@ class DeepSpeedUpdate(Update):
         own = self.engine.optimizer.optimizer
         steps = [state["step"] for state in own.state.values() if "step" in state]
         whole = self._deepspeed.utils.safe_get_full_optimizer_state
-        state = {i: {"step": steps[0].cpu(), **{name: whole(p, name).cpu() for name in AVERAGES}}
+        # each parameter has a step of its own: one that all shared would be counted up by each of them
+        state = {i: {"step": steps[0].clone().cpu(), **{name: whole(p, name).cpu() for name in AVERAGES}}
                  for i, p in enumerate(self.parameters)} if steps else {}
         groups = [{**own.param_groups[0], "params": list(range(len(self.parameters)))}]
         return {"state": state, "param_groups": groups}

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import ipywidgets as W
 from matplotlib.figure import Figure
 
-from .. import config, memory
+from .. import config, fit, memory
 from ..config import PRESETS, Settings
 from ..errors import RwkvNbError
 from ..memory import QUANTS, TUTORIAL, TUTORIAL_SETTINGS
@@ -64,9 +64,10 @@ def bar_html(told: memory.Estimate, name: str, limit: int) -> str:
                        f"{bytes_text(told.largest[part])}</span>" for part in told.largest)
     colour = COLOURS[1] if told.total > limit else COLOURS[2]
     return (f"<div style='font-size:13px'><b style='color:{colour}'>{told.total / 1e9:.2f} GB</b> of "
-            f"{limit / 1e9:.1f} GB, {html.escape(name)}</div><div style='width:100%;white-space:nowrap;font-size:0;"
-            f"background:#eee'>{pieces}</div><div style='font-size:12px;line-height:1.6'>{words} (each at its most; "
-            "the bar is the moment when all together take most)</div>")
+            f"{limit / 1e9:.1f} GB free, {html.escape(name)}</div><div style='width:100%;white-space:nowrap;"
+            f"font-size:0;background:#eee'>{pieces}</div><div style='font-size:12px;line-height:1.6'>{words} "
+            "(each at its most; the bar is the moment when all together take most; of what a GPU has free now "
+            f"{fit.SPARE:.0%} is left out, for gaps between tensors)</div>")
 
 
 class MemoryBar(W.VBox):
@@ -95,7 +96,7 @@ class MemoryBar(W.VBox):
 
     def _read(self) -> tuple[Shape, Settings, str, int, bool]:
         settings = self._run.settings()
-        name, size, gpu = memory.card(settings.train.accelerator)
+        name, size, gpu = fit.card(settings.train.accelerator)
         return read_shape(load_weights(settings.train.load_model)), settings, name, self._limit or size, gpu
 
     def _changed(self, _=None) -> None:
@@ -110,16 +111,19 @@ class MemoryBar(W.VBox):
             if t.quant != "none" or t.quant_head or t.adam_state == "8bit":
                 bitsandbytes()
             if told.total > limit:
-                self._warn(memory.cheapest_change(shape, settings, limit, gpu=gpu))
+                self._advise("looking for what would make it fit …")    # it takes a few seconds, of a GPU's settings
+                self._warn(fit.cheapest_change(shape, settings, limit, gpu=gpu))
         except RwkvNbError as error:
             self._bar.value = error_html(error)
 
     def _warn(self, change: dict | None) -> None:
-        words = "nothing here makes it fit: take a smaller base, r or ctx_len"
-        if change:
-            words = "it fits with " + ", ".join(f"<code>{k} {v}</code>" for k, v in change.items())
-            self._offer, self.apply.layout.display = change, ""
-        self._advice.value = f"<b style='color:{COLOURS[1]}'>This run does not fit.</b> {words}&nbsp;"
+        if not change:
+            return self._advise(f"no setting makes it fit: {fit.TOO_LARGE}")
+        self._advise("it fits with " + ", ".join(f"<code>{k} {v}</code>" for k, v in change.items()) + "&nbsp;")
+        self._offer, self.apply.layout.display = change, ""
+
+    def _advise(self, text: str) -> None:
+        self._advice.value = f"<b style='color:{COLOURS[1]}'>This run does not fit.</b> {text}"
 
     def _choose(self, change) -> None:
         if change.new in PRESETS:
@@ -128,7 +132,7 @@ class MemoryBar(W.VBox):
     def _fill(self) -> None:
         with contextlib.suppress(RwkvNbError):   # the bar says it already
             shape, settings, _, limit, gpu = self._read()
-            self._set({"micro_bsz": max(memory.largest_micro_bsz(shape, settings, limit, gpu=gpu), 1)})
+            self._set({"micro_bsz": max(fit.largest_micro_bsz(shape, settings, limit, gpu=gpu), 1)})
 
     def _set(self, changes: dict) -> None:
         self._setting = True

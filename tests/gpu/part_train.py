@@ -13,6 +13,7 @@ from rwkv_nb.lora.layers import adapter_parameters, attach
 from rwkv_nb.loss import head_loss
 from rwkv_nb.model.rwkv import RWKV
 from rwkv_nb.model.shape import PUBLISHED, PUBLISHED_OLDER, Shape
+from rwkv_nb.train.shrink import free_memory, if_memory_lasts
 from rwkv_nb.wkv import pick_op
 
 SIZES = ("0.1B", "0.4B", "1.5B", "2.9B", "v6 1.6B", "v6 3B")
@@ -37,14 +38,9 @@ def table(results) -> str:
 
 def _step(shape, B, T, grad_cp, device) -> dict:
     """The median of ten steps: forward, the library's head and loss, backward, AdamW."""
-    try:
-        return _measure(shape, B, T, grad_cp, device)
-    except torch.cuda.OutOfMemoryError:
-        return {"note": "more memory is needed"}
-    finally:
-        if device == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+    result = if_memory_lasts(lambda: _measure(shape, B, T, grad_cp, device))
+    free_memory()
+    return result or {"note": "more memory is needed"}
 
 
 def _measure(shape, B, T, grad_cp, device) -> dict:

@@ -37,6 +37,39 @@ def test_bytes_of_the_averages():
         assert held <= each * 80 * 64 + 2100, state
 
 
+@pytest.mark.parametrize("state", STATES)
+def test_the_first_step_takes_no_more_memory_to_keep(state):
+    p = torch.nn.Parameter(torch.zeros(80, 64))
+    optimizer = make_optimizer([p], replace(TrainSettings(), adam_state=state))
+    before = {name: getattr(value, "data_ptr", int)() for name, value in optimizer.state[p].items()}
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert {name: getattr(value, "data_ptr", int)() for name, value in optimizer.state[p].items()} == before
+
+
+def test_bf16_averages_move_many_parameters_together_as_adamw_moves_each():
+    """Of all sizes, one larger than what is moved at once, one that has no gradient at first and one without any."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2048, 1030), (300, 7), (5,), (), (64, 64), (3, 5), (1000, 1000), (1200, 1000))
+    start = [torch.randn(shape, generator=generator) for shape in shapes]
+    moved = {}
+    for state in ("fp32", "bf16"):
+        parameters = [torch.nn.Parameter(p.clone()) for p in start]
+        optimizer = make_optimizer(parameters, replace(TrainSettings(), adam_state=state, lr_init=0.1,
+                                                       weight_decay=0.1))
+        generator.manual_seed(1)
+        for step in range(2):
+            for i, p in enumerate(parameters):
+                grad = torch.randn(p.shape, generator=generator)
+                p.grad = None if i == 5 or (i == 4 and step == 0) else grad
+            optimizer.step()
+            moved[state, step] = [p.detach().clone() for p in parameters]
+    for step, most in ((0, 1e-5), (1, 0.02)):    # the first step's averages have not been rounded yet
+        for p, expected, at_first in zip(moved["bf16", step], moved["fp32", step], start, strict=True):
+            assert (p - expected).norm() <= most * (expected - at_first).norm()
+    assert torch.equal(moved["bf16", 1][5], start[5]) and torch.equal(moved["bf16", 0][4], start[4])
+
+
 def test_an_average_that_moves_less_than_bf16_resolves_still_arrives():
     p = torch.nn.Parameter(torch.zeros(4096))
     optimizer = make_optimizer([p], replace(TrainSettings(), adam_state="bf16", beta2=0.999))

@@ -35,9 +35,11 @@ def test_a_run_leaves_logs_adapters_and_a_merged_model(tmp_path, settings, base)
 
 def test_training_reduces_the_loss_and_leaves_the_base_alone(tmp_path, settings):
     session = TrainSession(Run(tmp_path), replace(settings, epoch_count=12, lr_init=3e-3)).start()
+    until(lambda: session.trainer)
+    model = session.trainer.model         # the session itself lets go of it at the end
     rows = steps(session.join().rows)
     assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
-    before, after = load_model(settings.train.load_model).state_dict(), session.trainer.model.state_dict()
+    before, after = load_model(settings.train.load_model).state_dict(), model.state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
