@@ -1,4 +1,4 @@
-"""Two of RWKV's pointwise steps with gradients written by hand: plain autograd would pass over memory twice as often.
+"""Some of RWKV's pointwise steps with gradients written by hand: plain autograd would pass over memory twice as often.
 
 Axes: B batch, T time, C channels.
 """
@@ -53,21 +53,3 @@ class _TokenShift(torch.autograd.Function):
             before.masked_fill_(starts[..., None], 0)
         dx[:, :-1].add_(before[:, 1:])
         return dx, before[:, 0] if starts is None else None, *d_mixes
-
-
-def squared_relu(x: Tensor) -> Tensor:
-    """max(x, 0)², any shape."""
-    return _SquaredRelu.apply(x) if torch.is_grad_enabled() else torch.relu(x).square_()
-
-
-class _SquaredRelu(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        positive = torch.relu(x)
-        ctx.save_for_backward(positive)
-        return positive.square()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        return (dy * ctx.saved_tensors[0]).mul_(2)

@@ -12,7 +12,7 @@ from einops import rearrange
 
 from ..wkv import wkv6
 from .parts import Part
-from .pointwise import squared_relu, token_shift
+from .pointwise import token_shift
 
 
 class TimeMix(Part):
@@ -48,7 +48,7 @@ class ChannelMix(Part):
     def forward(self, x, last_x):
         """x [B,T,C], last_x [B,C] → [B,T,C]"""
         xk, xr = token_shift(x, last_x, *self.mixes())
-        return torch.sigmoid(self.receptance(xr)) * self.value(squared_relu(self.key(xk)))
+        return torch.sigmoid(self.receptance(xr)) * self.value(self.key(xk), squared=True)
 
     def mixes(self):
         """How much of the token before key and receptance see, [1,1,C] each."""

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from ..wkv import wkv7
 from .parts import Part
-from .pointwise import squared_relu, token_shift
+from .pointwise import token_shift
 
 
 class TimeMix(Part):
@@ -47,4 +47,4 @@ class ChannelMix(Part):
     def forward(self, x, last_x):
         """x [B,T,C], last_x [B,C] → [B,T,C]"""
         (xk,) = token_shift(x, last_x, self.x_k)
-        return self.value(squared_relu(self.key(xk)))
+        return self.value(self.key(xk), squared=True)

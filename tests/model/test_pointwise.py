@@ -2,7 +2,7 @@
 
 import torch
 
-from rwkv_nb.model.pointwise import squared_relu, token_shift
+from rwkv_nb.model.pointwise import token_shift
 
 
 def numbers(*shape):
@@ -21,12 +21,6 @@ def test_token_shift():
 def test_token_shift_of_one_token_with_frozen_mixes():
     x, last, mixes = numbers(2, 1, 3), numbers(2, 3), [numbers(1, 1, 3).detach() for _ in range(2)]
     assert torch.autograd.gradcheck(token_shift, (x, last, *mixes))
-
-
-def test_squared_relu():
-    x = numbers(7, 4)
-    assert torch.autograd.gradcheck(squared_relu, x)
-    torch.testing.assert_close(squared_relu(x), x.clamp(min=0) ** 2)
 
 
 def test_token_shift_of_texts_in_a_row():
