@@ -115,8 +115,9 @@ class _FrozenProduct(torch.autograd.Function):
         y, middle = F.linear(inputs, _dense(W), bias), None
         if A is not None:
             inputs = dropout.of(inputs, inputs if squared else None) if dropout else inputs
-            middle = _scaled_product(inputs, A.to(x.dtype).t(), scale)      # [M,R]
-            y.addmm_(middle, B.to(x.dtype).t())
+            A_, B_ = _cast(x.dtype, A, B)
+            middle = _scaled_product(inputs, A_.t(), scale)         # [M,R]
+            y.addmm_(middle, B_.t())
         kept = rows if squared else inputs if A is not None else None
         ctx.held = W if isinstance(W, Held) else None
         ctx.save_for_backward(kept, middle, None if ctx.held else W, A, B)
@@ -131,13 +132,14 @@ class _FrozenProduct(torch.autograd.Function):
         dy = dy.reshape(-1, dy.shape[-1])                           # [M,out]
         dx = dA = dB = None
         if A is not None:
-            d_middle = _scaled_product(dy, B.to(dy.dtype), ctx.scale)       # [M,R]
+            A_, B_ = _cast(dy.dtype, A, B)
+            d_middle = _scaled_product(dy, B_, ctx.scale)           # [M,R]
             if need_A:
-                dA = (d_middle.t() @ _inputs_again(kept, ctx)).to(A.dtype)
+                dA = _product(d_middle.t(), _inputs_again(kept, ctx), A.dtype)
             if need_B:
-                dB = (dy.t() @ middle).to(B.dtype)
+                dB = _product(dy.t(), middle, B.dtype)
             if need_x:
-                dx = d_middle @ A.to(dy.dtype)
+                dx = d_middle @ A_
                 dx = ctx.dropout.of(dx, dx) if ctx.dropout else dx
         if need_x:
             W = _dense(ctx.held or W)
@@ -165,3 +167,19 @@ def _inputs_again(kept: Tensor, ctx) -> Tensor:
 def _scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
     """scale · a @ b, in one kernel."""
     return a.new_empty(len(a), b.shape[1]).addmm_(a, b, beta=0, alpha=scale)
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b in dtype: a GPU writes its fp32 sums as they are, in the same kernel."""
+    if a.device.type == "cuda" and a.itemsize == 2 and dtype == torch.float32:
+        return torch.mm(a, b, out_dtype=dtype)
+    return torch.mm(a, b).to(dtype)
+
+
+def _cast(dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors, all of one dtype, in another: one kernel of a GPU for all."""
+    if tensors[0].dtype == dtype:
+        return tensors
+    cast = tuple(torch.empty_like(x, dtype=dtype) for x in tensors)
+    torch._foreach_copy_(cast, tensors)
+    return cast

@@ -27,7 +27,7 @@ def _step_back(x: Tensor, last: Tensor) -> Tensor:
     """x' - x"""
     if last.dtype != torch.bool:
         before = last[:, None]
-        return (before if x.shape[1] == 1 else torch.cat([before, x[:, :-1]], dim=1)) - x
+        return before - x if x.shape[1] == 1 else torch.cat([before, x[:, :-1]], dim=1).sub_(x)
     return torch.cat([x[:, :1], x[:, :-1]], dim=1).masked_fill_(last[..., None], 0).sub_(x)
 
 

@@ -38,7 +38,7 @@ class TimeMix(Part):
         fixed = torch.cat([self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g])
         mixes = torch.baddbmm(fixed, narrow, self.time_maa_w2)
         xw, xk, xv, xr, xg = token_shift(x, last_x, *rearrange(mixes, "M (B T) C -> M B T C", B=x.shape[0]))
-        w, = self.heads(self.time_decay + torch.tanh(xw @ self.time_decay_w1) @ self.time_decay_w2)
+        w, = self.heads(F.linear(torch.tanh(xw @ self.time_decay_w1), self.time_decay_w2.mT, self.time_decay.flatten()))
         return xr, xk, xv, xg, w
 
 
