@@ -1,4 +1,4 @@
-"""Two of RWKV's pointwise steps with gradients written by hand: plain autograd would pass over memory twice as often.
+"""Some of RWKV's pointwise steps with gradients written by hand: plain autograd would pass over memory twice as often.
 
 Axes: B batch, T time, C channels.
 """
@@ -6,6 +6,7 @@ Axes: B batch, T time, C channels.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -26,7 +27,7 @@ def _step_back(x: Tensor, last: Tensor) -> Tensor:
     """x' - x"""
     if last.dtype != torch.bool:
         before = last[:, None]
-        return (before if x.shape[1] == 1 else torch.cat([before, x[:, :-1]], dim=1)) - x
+        return before - x if x.shape[1] == 1 else torch.cat([before, x[:, :-1]], dim=1).sub_(x)
     return torch.cat([x[:, :1], x[:, :-1]], dim=1).masked_fill_(last[..., None], 0).sub_(x)
 
 
@@ -55,19 +56,55 @@ class _TokenShift(torch.autograd.Function):
         return dx, before[:, 0] if starts is None else None, *d_mixes
 
 
-def squared_relu(x: Tensor) -> Tensor:
-    """max(x, 0)², any shape."""
-    return _SquaredRelu.apply(x) if torch.is_grad_enabled() else torch.relu(x).square_()
+def decay(x: Tensor) -> Tensor:
+    """RWKV-7's raw decay w = log σ(x) - ½ (any shape) in x's dtype, worked out in fp32, where a slow decay keeps its
+    digits. decay = exp(-exp(w))."""
+    return _Decay.apply(x)
 
 
-class _SquaredRelu(torch.autograd.Function):
+class _Decay(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
-        positive = torch.relu(x)
-        ctx.save_for_backward(positive)
-        return positive.square()
+        ctx.save_for_backward(x)
+        w = F.logsigmoid(x.to(torch.promote_types(x.dtype, torch.float32)))
+        return torch.sub(w, 0.5, out=torch.empty_like(x))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy):
-        return (dy * ctx.saved_tensors[0]).mul_(2)
+    def backward(ctx, dw):
+        (x,) = ctx.saved_tensors
+        return torch.sigmoid(-x).mul_(dw)
+
+
+def keys(k: Tensor, a: Tensor, k_k: Tensor, k_a: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
+    """RWKV-7's keys: with kk = k ⊙ k_k, of length 1 in each head, k ⊙ (1 + (a - 1) ⊙ k_a), kk and -kk ⊙ a.
+
+    k, a [B,T,C], k_k, k_a [1,1,C] → three tensors [B,T,H,N]. The state loses what it holds under kk, times a: the
+    product of the second and the third, so either may have the sign.
+    """
+    return _Keys.apply(k, a, k_k, k_a, n_head)
+
+
+class _Keys(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, k, a, k_k, k_a, n_head):
+        k, a, k_k, k_a = (x.unflatten(-1, (n_head, -1)) for x in (k, a, k_k, k_a))
+        kk = k * k_k
+        length = torch.linalg.vector_norm(kk, dim=-1, keepdim=True).clamp_(min=1e-12)
+        kk.div_(length)
+        ctx.save_for_backward(k, a, k_k, k_a, kk, length)
+        return torch.lerp(k, k * a, k_a), kk, (kk * a).neg_()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dk, d_kk, d_b):
+        k, a, k_k, k_a, kk, length = ctx.saved_tensors
+        need_k_k, need_k_a = ctx.needs_input_grad[2:4]
+        d_kk = torch.addcmul(d_kk, d_b, a, value=-1)
+        d_kk.addcmul_(kk, (d_kk * kk).sum(-1, keepdim=True), value=-1).div_(length)     # now of k ⊙ k_k
+        da = dk * k
+        d_k_a = (da * (a - 1)).sum_to_size(k_a.shape).flatten(2) if need_k_a else None
+        d_k_k = (d_kk * k).sum_to_size(k_k.shape).flatten(2) if need_k_k else None
+        da.mul_(k_a).addcmul_(d_b, kk, value=-1)
+        dk = torch.lerp(dk, dk * a, k_a).addcmul_(d_kk, k_k)
+        return dk.flatten(2), da.flatten(2), d_k_k, d_k_a, None
