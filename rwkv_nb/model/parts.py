@@ -43,8 +43,3 @@ class Part(nn.Module):
     def heads(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """[B,T,C] → [B,T,H,N], each."""
         return tuple([x.unflatten(-1, (self.n_head, -1)) for x in tensors])  # einops costs as much as a step's sums
-
-    def norm(self, y: Tensor) -> Tensor:
-        """ln_x of y [B,T,H,N]: a group norm over each head is a layer norm over its channels, several times faster."""
-        weight, bias = (p.view(self.n_head, -1) for p in (self.ln_x.weight, self.ln_x.bias))
-        return torch.addcmul(bias, F.layer_norm(y, y.shape[-1:], eps=self.ln_x.eps), weight)

@@ -1,14 +1,18 @@
-"""Some of RWKV's pointwise steps with gradients written by hand: plain autograd would pass over memory twice as often.
+"""RWKV's pointwise steps around the products and WKV.
 
-Axes: B batch, T time, C channels.
+Some have gradients written by hand: plain autograd would pass over memory twice as often. On a GPU whose kernels are
+loaded (wkv.kernels) each is one kernel, forward and backward (cuda/pointwise_gpu.cu), for everything that is frozen.
+Axes: B batch, T time, C channels, H heads, N head size.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from ..wkv.kernels import CUDA_HEAD, on_gpu
 
 
 def token_shift(x: Tensor, last: Tensor, *mixes: Tensor) -> tuple[Tensor, ...]:
@@ -17,6 +21,9 @@ def token_shift(x: Tensor, last: Tensor, *mixes: Tensor) -> tuple[Tensor, ...]:
     x [B,T,C], mixes [1,1,C] or [B,T,C] → as many tensors [B,T,C].
     last: [B,C], before the first token; or bool [B,T], for texts one behind the other: where one begins, x' is zero.
     """
+    learnt = torch.is_grad_enabled() and mixes[0].numel() == x.shape[-1] and any(mix.requires_grad for mix in mixes)
+    if on_gpu(x, *mixes) and not learnt:
+        return _TokenShiftOnGpu.apply(x, last, *mixes)
     if torch.is_grad_enabled():
         return _TokenShift.apply(x, last, *mixes)
     step_back = _step_back(x, last)     # without a graph: a token at a time, the graph's cost would show
@@ -54,6 +61,86 @@ class _TokenShift(torch.autograd.Function):
             before.masked_fill_(starts[..., None], 0)
         dx[:, :-1].add_(before[:, 1:])
         return dx, before[:, 0] if starts is None else None, *d_mixes
+
+
+class _TokenShiftOnGpu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, last, *mixes):
+        ctx.each, ctx.shape = mixes[0].numel() > x.shape[-1], x.shape
+        ctx.save_for_backward(x if ctx.each else x[:0], last, *mixes)
+        return tuple(torch.ops.rwkv_nb.shift(x, last, mixes))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        x, last, *mixes = ctx.saved_tensors
+        x = x if ctx.each else grads[0]     # only its shape counts
+        dx, *more = torch.ops.rwkv_nb.shift_backward(x, last, mixes, grads)
+        d_last = None if last.dtype == torch.bool else more.pop(0)
+        return dx, d_last, *(more or [None] * len(mixes))
+
+
+def wkv7_inputs(decay_: Tensor, rate: Tensor, k: Tensor, v: Tensor, mix: Tensor | None, v_first: Tensor | None,
+                k_k: Tensor, k_a: Tensor, n_head: int) -> tuple[Tensor, ...]:
+    """What WKV-7 takes beside r: w = `decay`, key, value, kk and -kk ⊙ a (`keys`), [B,T,H,N] each.
+
+    a = σ(rate), value = v + (v_first - v) ⊙ σ(mix); without mix, v itself. All but k_k and k_a [1,1,C] are [B,T,C].
+    """
+    vectors_learnt = torch.is_grad_enabled() and (k_k.requires_grad or k_a.requires_grad)
+    if on_gpu(decay_, rate, k, v, mix, v_first, k_k, k_a) and k.shape[-1] == n_head * CUDA_HEAD and not vectors_learnt:
+        out = _Wkv7InputsOnGpu.apply(decay_, rate, k, v, mix, v_first, k_k, k_a)
+        return tuple([x.unflatten(-1, (n_head, -1)) for x in out])
+    value = v if mix is None else torch.lerp(v, v_first, torch.sigmoid(mix))
+    w, value = (x.unflatten(-1, (n_head, -1)) for x in (decay(decay_), value))
+    key, kk, minus = keys(k, torch.sigmoid(rate), k_k, k_a, n_head)
+    return w, key, value, kk, minus
+
+
+class _Wkv7InputsOnGpu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, decay_, rate, k, v, mix, v_first, k_k, k_a):
+        ctx.save_for_backward(decay_, rate, k, v, k_k, k_a, mix, v_first)
+        return tuple(torch.ops.rwkv_nb.prepare([decay_, rate, k, v, k_k, k_a], mix, v_first))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        *inputs, mix, v_first = ctx.saved_tensors
+        d_decay, d_rate, d_k, d_v, *more = torch.ops.rwkv_nb.prepare_backward(inputs, mix, v_first, grads)
+        return d_decay, d_rate, d_k, d_v, *(more or (None, None)), None, None
+
+
+def gated_norm(y: Tensor, gate: Tensor, ln_x: nn.GroupNorm, bonus: tuple[Tensor, ...] = ()) -> Tensor:
+    """What the output product takes of WKV's y [B,T,H,N]: (ln_x(y) + (Σ r ⊙ k ⊙ r_k) v) ⊙ gate, [B,T,C].
+
+    gate [B,T,C]. bonus: r, k, v [B,T,H,N] and r_k [H,N] of RWKV-7; without, the gate goes through SiLU.
+    ln_x is a group norm over each head, which is a layer norm over its channels, several times faster.
+    """
+    vectors = [ln_x.weight, ln_x.bias, *bonus[3:]]
+    learnt = torch.is_grad_enabled() and any(x.requires_grad for x in vectors)
+    if on_gpu(y, gate, *vectors, *bonus) and y.shape[-1] == CUDA_HEAD and not learnt:
+        return _GatedNormOnGpu.apply(ln_x.eps, y, gate, ln_x.weight, ln_x.bias, *bonus)
+    weight, bias = (p.view(y.shape[-2:]) for p in vectors[:2])
+    y = torch.addcmul(bias, F.layer_norm(y, y.shape[-1:], eps=ln_x.eps), weight)
+    if not bonus:
+        return y.flatten(2) * F.silu(gate)
+    r, k, v, r_k = bonus
+    return torch.addcmul(y, (r * k * r_k).sum(-1, keepdim=True), v).flatten(2) * gate
+
+
+class _GatedNormOnGpu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, eps, y, gate, weight, bias, *bonus):
+        ctx.eps = eps
+        ctx.save_for_backward(y, gate, weight, bias, *bonus)
+        return torch.ops.rwkv_nb.finish([y, gate, weight, bias], bonus, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out):
+        tensors = ctx.saved_tensors
+        dy, d_gate, *more = torch.ops.rwkv_nb.finish_backward(tensors[:4], tensors[4:], ctx.eps, d_out)
+        return None, dy, d_gate, None, None, *((*more, None) if more else ())
 
 
 def decay(x: Tensor) -> Tensor:

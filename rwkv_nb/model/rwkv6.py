@@ -12,7 +12,7 @@ from einops import rearrange
 
 from ..wkv import wkv6
 from .parts import Part
-from .pointwise import token_shift
+from .pointwise import gated_norm, token_shift
 
 
 class TimeMix(Part):
@@ -25,8 +25,7 @@ class TimeMix(Part):
         xr, xk, xv, xg, w = self.inputs(x, last_x)
         r, k, v = self.heads(self.receptance(xr), self.key(xk), self.value(xv))
         y, state = self.wkv(r, w, k, v, self.time_faaaa, state, op=op)
-        y = rearrange(self.norm(y), "B T H N -> B T (H N)")
-        return self.output(y * F.silu(self.gate(xg))), v_first, state
+        return self.output(gated_norm(y, self.gate(xg), self.ln_x)), v_first, state
 
     def inputs(self, x, last_x):
         """What receptance, key, value and gate read, [B,T,C] each, and the raw decay [B,T,H,N].

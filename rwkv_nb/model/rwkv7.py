@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from ..wkv import wkv7
 from .parts import Part
-from .pointwise import decay, keys, token_shift
+from .pointwise import gated_norm, token_shift, wkv7_inputs
 
 
 class TimeMix(Part):
@@ -24,19 +24,15 @@ class TimeMix(Part):
         """
         xr, xw, xk, xv, xa, xg = token_shift(x, last_x, self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
-        w = decay(F.linear(torch.tanh(xw @ self.w1), self.w2.mT, self.w0.flatten()))
-        a = torch.sigmoid(F.linear(xa @ self.a1, self.a2.mT, self.a0.flatten()))
-        g = torch.sigmoid(xg @ self.g1) @ self.g2
-        if v_first is None:
-            v_first = v
-        else:
-            v = torch.lerp(v, v_first, torch.sigmoid(F.linear(xv @ self.v1, self.v2.mT, self.v0.flatten())))
+        decay = F.linear(torch.tanh(xw @ self.w1), self.w2.mT, self.w0.flatten())
+        rate = F.linear(xa @ self.a1, self.a2.mT, self.a0.flatten())
+        gate = torch.sigmoid(xg @ self.g1) @ self.g2
+        mix = None if v_first is None else F.linear(xv @ self.v1, self.v2.mT, self.v0.flatten())
 
-        k, kk, kka = keys(k, a, self.k_k, self.k_a, self.n_head)
-        r, w, v = self.heads(r, w, v)
-        y, state = wkv7(r, w, k, v, kk, kka, state, op=op)
-        y = torch.addcmul(self.norm(y), (r * k * self.r_k).sum(-1, keepdim=True), v)
-        return self.output(y.flatten(2) * g), v_first, state
+        w, key, value, kk, minus = wkv7_inputs(decay, rate, k, v, mix, v_first, self.k_k, self.k_a, self.n_head)
+        v_first, (r,) = v if v_first is None else v_first, self.heads(r)
+        y, state = wkv7(r, w, key, value, kk, minus, state, op=op)
+        return self.output(gated_norm(y, gate, self.ln_x, (r, key, value, self.r_k))), v_first, state
 
 
 class ChannelMix(Part):

@@ -3,10 +3,19 @@
 What no machine without a GPU can show is in tests/gpu/.
 """
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from host_build import compile_on_host
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rwkv_nb.config import LoraSettings
+from rwkv_nb.lora.layers import adapter_parameters, attach
+from rwkv_nb.model import State
+from rwkv_nb.wkv import kernels
 
 pytestmark = pytest.mark.xdist_group("nvcc")
 B, T, H, N = 2, 7, 3, 64   # the last block of threads is not full
@@ -18,6 +27,7 @@ DTYPES = {torch.float32: 5e-7, torch.bfloat16: 3e-3, torch.float16: 4e-4}  # wit
 def operators(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pointwise")
     torch.ops.load_library(compile_on_host(folder, "pointwise_cuda.cpp", "pointwise_gpu.cu"))
+    kernels.register_pointwise()
 
 
 @pytest.fixture(autouse=True)
@@ -108,3 +118,71 @@ def test_other_heads_and_dtypes_are_refused():
         torch.ops.rwkv_nb.shift(torch.randn(1, 2, 8).double(), torch.randn(1, 8), [torch.randn(8)])
     with pytest.raises(RuntimeError, match="7 mixes"):
         torch.ops.rwkv_nb.shift(torch.randn(1, 2, 8), torch.randn(1, 8), [torch.randn(8)] * 7)
+
+
+class Called(TorchDispatchMode):
+    """Names of this project's operators that really ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "rwkv_nb":
+            self.names.append(function._opname)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("version", ["x070", "x060", "x052"])
+@pytest.mark.parametrize("rows", ["state", "texts"])
+@pytest.mark.parametrize("grad_cp", ["none", "block"])
+def test_a_whole_model_is_the_same_with_them(lively, version, rows, grad_cp, monkeypatch):
+    """A LoRA model, as if the CPU were a GPU, against itself without the kernels: all that it learns from."""
+    model = lively(version)
+    attach(model, LoraSettings(r=4), seed=0)
+    for p in adapter_parameters(model):
+        torch.nn.init.normal_(p, std=0.1)
+    tokens, starts = torch.randint(model.shape.vocab_size, (2, 9)), torch.rand(2, 9) < 0.3
+    starts[:, 0] = True
+    state = State(*(x.normal_().mul_(0.3) for x in model.zero_state(2)))
+
+    def outcome(dtype=torch.float32):
+        alike = copy.deepcopy(model).to(dtype)
+        mine = State(*(x.to(dtype).requires_grad_() for x in state))
+        how, more = ({"starts": starts, "keep_state": False}, ()) if rows == "texts" else ({"state": mine}, mine)
+        with Called() as called:
+            hidden, after = alike.hidden(tokens, grad_cp=grad_cp, **how)
+            outputs = [hidden, *(after or ())]
+            grads = torch.autograd.grad([x.square().sum() for x in outputs], [*adapter_parameters(alike), *more])
+        return [*outputs, *grads], set(called.names)
+
+    (exact, _), (plain, names) = outcome(torch.float64), outcome()
+    assert not {"shift", "finish"} & names
+    monkeypatch.setattr(kernels, "_pointwise", {"cpu"})
+    fused, names = outcome()
+    there = ("shift", "finish", "prepare") if version == "x070" else ("shift", "finish")
+    assert {*there, *(f"{name}_backward" for name in there)} <= names
+    for x, y, z in zip(fused, plain, exact, strict=True):  # where a norm divides by little, rounding is enlarged, by luck
+        assert (x - z).norm() <= 10 * (y - z).norm() + 1e-5 * z.norm()
+
+
+def test_what_is_learnt_beside_the_adapter_is_computed_without_them(lively, monkeypatch):
+    monkeypatch.setattr(kernels, "_pointwise", {"cpu"})
+    model = lively()
+    with Called() as called:
+        model.hidden(torch.randint(model.shape.vocab_size, (1, 5)))[0].sum().backward()
+    assert not {"shift", "prepare", "finish"} & set(called.names)
+    assert all(p.grad is not None for p in model.blocks[1].att.parameters())
+
+
+@pytest.mark.parametrize("version", ["x070", "x060"])
+def test_torch_compile_is_told_their_shapes(lively, version, monkeypatch):
+    """Without numbers, as torch.compile traces."""
+    monkeypatch.setattr(kernels, "_pointwise", {"cpu"})
+    model = lively(version)
+    attach(model, LoraSettings(r=4), seed=0)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        hidden, _ = model.hidden(torch.zeros(2, 9, dtype=torch.long))
+        grads = torch.autograd.grad(hidden.sum(), list(adapter_parameters(model)))
+    assert hidden.shape == (2, 9, model.shape.n_embd)
+    assert [grad.shape for grad in grads] == [p.shape for p in adapter_parameters(model)]
