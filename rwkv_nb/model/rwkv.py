@@ -84,16 +84,25 @@ class RWKV(nn.Module):
         wkv = torch.zeros(s.n_layer, batch, s.n_head, s.head_size, s.head_size, device=weight.device)
         return State(x, wkv, x.clone())
 
+    def _embedded(self, tokens: Tensor) -> Tensor:
+        """The tokens' rows of the embedding, which may have stayed on the CPU, on the model's device [B,T,C]."""
+        here, there = self.emb.weight.device, self.ln_out.weight.device
+        x = self.emb(tokens.to(here, non_blocking=here.type != "cpu"))  # what comes from a GPU must be there first
+        if there.type == "cuda" != here.type and not x.requires_grad:
+            x = x.pin_memory()                                          # else a GPU's queue is waited for
+        return x.to(there, non_blocking=True)
+
     def hidden(self, tokens: Tensor, state: State | None = None, *, op="auto", grad_cp="none",
                keep_state=True, starts: Tensor | None = None) -> tuple[Tensor, State | None]:
         """tokens int64 [B,T] → hidden [B,T,C] behind ln_out, and the state after the last token (None if not kept).
 
+        tokens may lie on the CPU wherever the model is; with the embedding there, best so: then nothing waits.
         state None starts a text. grad_cp "block" recomputes each block in backward (Chen et al. 2016, arXiv
         1604.06174), "selective" all of it but compiled WKV operators.
         starts: bool [B,T], best on the CPU, where a row holds several texts: True where one begins, as each row does.
         None sees another; there is no state before, and none of use afterwards.
         """
-        x, v_first, after = self.emb(tokens), None, []
+        x, v_first, after = self._embedded(tokens), None, []
         zeros = x.new_zeros(len(x), self.shape.n_embd)
         here = None if starts is None else starts.to(x.device, non_blocking=True)
         begin = (zeros, None, zeros) if starts is None else (here, starts, here)
