@@ -13,37 +13,51 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .dropout import Dropout
+from .errors import SettingsError
 from .extras import extra
 
-BLOCK, SLICE = 64, 2**18   # elements that share a scale; that are quantised at once
+BLOCK = 64          # elements of nf4 that share a scale
+HEAD_ROWS = 8192    # rows of an int8 matrix that are dense at once, where not all are needed at once
 
 
 def bitsandbytes():
-    """The package, imported when first needed. Raises SettingsError where it is missing."""
+    """The package, imported when first needed. Raises SettingsError where it is missing or has no library that fits."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of inference kernels that are not used here
-    return extra("bitsandbytes", "quant")
+    package = extra("bitsandbytes", "quant")
+    if isinstance(package.cextension.lib, package.cextension.ErrorHandlerMockBNBNativeLibrary):
+        raise SettingsError(f"bitsandbytes {package.__version__} has no library that fits torch {torch.__version__}",
+                            where="quant, adam_state",
+                            fix="pip install -U bitsandbytes; python -m bitsandbytes says more")
+    return package
 
 
 class Held:
     """A frozen matrix [out,in] in int8 or nf4. `dense` makes it anew at each use, so that no copy stays behind.
 
     W: any floating dtype, on the device that will hold it. dtype: of what dense() returns. Raises SettingsError
-    where bitsandbytes is missing.
+    for nf4 where bitsandbytes is missing.
     """
 
     def __init__(self, W: Tensor, kind: str, *, dtype: torch.dtype, double: bool = True):
-        functional = bitsandbytes().functional
         self.shape, self.dtype, self.device, self.kind = W.shape, dtype, W.device, kind
         if kind == "int8":
-            self.codes, self.scale = _int8(functional, W, dtype)
+            self.codes, self.scale = _int8(W, dtype)
         else:
+            functional = bitsandbytes().functional  # once: asking for it costs as much as a few kernels
             self.codes, self.scale = _nf4(functional, W, dtype, double)
+            self._dequantize = functional.dequantize_4bit
 
     def dense(self, rows: slice = slice(None)) -> Tensor:
         """The matrix, or some of its rows (int8 only), in self.dtype."""
         if self.kind == "int8":
             return torch.mul(self.codes[rows], self.scale[rows])
-        return bitsandbytes().functional.dequantize_4bit(self.codes, self.scale)
+        return self._dequantize(self.codes, self.scale)
+
+    def slices(self) -> list[slice]:
+        """Rows to ask dense() for, one after the other, so that a large int8 matrix is never dense at once."""
+        if self.kind != "int8":
+            return [slice(None)]
+        return [slice(i, i + HEAD_ROWS) for i in range(0, self.shape[0], HEAD_ROWS)]
 
     @property
     def nbytes(self) -> int:
@@ -54,22 +68,27 @@ class Held:
         return self.codes.nbytes + sum(part.absmax.nbytes + part.code.nbytes for part in parts)
 
 
-# Both work a slice at a time: on a CPU, bitsandbytes takes up to 40 bytes an element while it quantises.
+def _at_once(W: Tensor) -> int:
+    """Elements to quantise at once: on a CPU, bitsandbytes takes up to 40 bytes for each while it does so; on a GPU it
+    makes its table of codes anew for each slice."""
+    return 2**18 if W.device.type == "cpu" else 2**24
 
-def _int8(functional, W: Tensor, dtype: torch.dtype):
-    """Codes and each row's scale."""
+
+def _int8(W: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Codes [out,in], and each row's scale [out,1] in dtype, in which it is rounded before the codes are made."""
     codes, scale = torch.empty(W.shape, dtype=torch.int8, device=W.device), W.new_empty(len(W), 1, dtype=dtype)
-    rows = max(SLICE // W.shape[1], 1)
+    rows = max(_at_once(W) // W.shape[1], 1)
     for part, c, s in zip(W.split(rows), codes.split(rows), scale.split(rows), strict=True):
-        found, largest, _ = functional.int8_vectorwise_quant(part.half())  # no weight is beyond fp16's range
-        c.copy_(found), s.copy_(largest[:, None] / 127)
+        part = part.float()
+        s.copy_(part.abs().amax(1, keepdim=True) / 127)
+        c.copy_((part / s.float().clamp(min=1e-30)).round_().clamp_(-127, 127))
     return codes, scale
 
 
 def _nf4(functional, W: Tensor, dtype: torch.dtype, double: bool):
     """Codes and bitsandbytes' QuantState."""
     parts = [functional.quantize_4bit(part.to(dtype), blocksize=BLOCK, quant_type="nf4")
-             for part in W.reshape(-1).split(SLICE)]
+             for part in W.reshape(-1).split(_at_once(W))]
     codes, state = torch.cat([codes for codes, _ in parts]), parts[0][1]
     state.absmax, state.shape = torch.cat([part.absmax for _, part in parts]), W.shape
     if double:
@@ -89,7 +108,9 @@ class QuantLinear(nn.Linear):
         self.held = held
 
     def forward(self, x: Tensor, squared: bool = False) -> Tensor:
-        return frozen_product(x, self.held, squared=squared)
+        if torch.is_grad_enabled() or squared or len(self.held.slices()) == 1:
+            return frozen_product(x, self.held, squared=squared)
+        return torch.cat([F.linear(x, self.held.dense(rows)) for rows in self.held.slices()], -1)
 
 
 def frozen_product(x: Tensor, W: Tensor | Held, bias: Tensor | None = None, A: Tensor | None = None,
