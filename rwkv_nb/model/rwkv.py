@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from ..wkv import pick_op
 from . import rwkv5, rwkv6, rwkv7
 from .parts import Linear
 from .recompute import recomputed
@@ -89,7 +90,7 @@ class RWKV(nn.Module):
         """The tokens' rows of the embedding, which may have stayed on the CPU, on the model's device [B,T,C]."""
         here, there = self.emb.weight.device, self.ln_out.weight.device
         x = self.emb(tokens.to(here, non_blocking=here.type != "cpu"))  # what comes from a GPU must be there first
-        if there.type == "cuda" != here.type and not x.requires_grad:
+        if there.type == "cuda" and here.type == "cpu" and not x.requires_grad:
             x = x.pin_memory()                                          # else a GPU's queue is waited for
         return x.to(there, non_blocking=True)
 
@@ -104,6 +105,7 @@ class RWKV(nn.Module):
         None sees another; there is no state before, and none of use afterwards.
         """
         x, v_first, after = self._embedded(tokens), None, []
+        op = pick_op(op, x, x.dtype, self.shape.generation, self.shape.head_size)  # once: all blocks compute alike
         zeros = x.new_zeros(len(x), self.shape.n_embd)
         here = None if starts is None else starts.to(x.device, non_blocking=True)
         begin = (zeros, None, zeros) if starts is None else (here, starts, here)
