@@ -1,49 +1,24 @@
 // The GPU kernels as torch operators: the same schemas as the CPU's, so that one registration of shapes and gradients
 // (rwkv_nb/wkv/kernels.py) serves both. No header of CUDA is needed. WKV_ON_HOST: the tests run the kernels on a CPU.
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <c10/core/DeviceGuard.h>
-#include <torch/library.h>
-#include <deque>
-#include <optional>
+#include <ATen/ops/sum.h>
 #include <string>
 #include <tuple>
+#include <vector>
+#include "gpu_call.h"
 #include "wkv_gpu.h"
-
-#ifdef WKV_ON_HOST
-#define DISPATCH_KEY CPU
-static void* current_stream(int) { return nullptr; }
-#else
-#define DISPATCH_KEY CUDA
-// Torch's own, of its stable ABI; weak, for a torch without CUDA has none, and tests load this library there too.
-extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
-static void* current_stream(int device) {
-  void* stream = nullptr;
-  TORCH_CHECK(aoti_torch_get_current_cuda_stream && aoti_torch_get_current_cuda_stream(device, &stream) == 0,
-              "this torch has no CUDA stream");
-  return stream;
-}
-#endif
 
 namespace rwkv_nb {
 namespace {
 
-using at::Tensor;
-using OptTensor = std::optional<Tensor>;
-
 // One call: device, stream, size and number type; every tensor that a kernel sees goes through it, and is held.
-struct Call : Wkv {
-  c10::DeviceGuard guard;
-  at::ScalarType numbers;
-  at::TensorOptions on;
-  std::deque<Tensor> held;
+struct Call : Wkv, GpuCall {
   std::vector<int64_t> sizes;  // of r and its like
 
   // w: [H,N] for WKV-5. more: a and b of WKV-7, or u. before: the first state, [B,H,N,N]; or int64 [texts + 1], where
   // each text begins and all end in the B·T steps, one row behind the other, for texts that know no state before.
   Call(const Tensor& r, const Tensor& w, const Tensor& k, const Tensor& v, std::initializer_list<const Tensor*> more,
        const OptTensor& before)
-      : Wkv{}, guard(r.device()), numbers(r.scalar_type()), on(r.options()), sizes(r.sizes().vec()) {
+      : Wkv{}, GpuCall(r), sizes(r.sizes().vec()) {
     B = sizes[0], T = sizes[1], H = sizes[2], N = sizes[3], once = w.dim() == 2;
     if (before && !before->is_floating_point())
       begins = static_cast<const int64_t*>(read(before, at::kLong)), B = before->numel() - 1;
@@ -53,40 +28,14 @@ struct Call : Wkv {
     const Tensor *const *const other = more.begin();
     for (const Tensor* x : {once ? &r : &w, &k, &v, delta ? other[0] : &r, delta ? other[1] : &r})
       if (x->scalar_type() != numbers) numbers = at::kFloat;  // mixed: nothing is rounded on the way in
-    type = numbers == at::kFloat ? 0 : numbers == at::kBFloat16 ? 1 : numbers == at::kHalf ? 2 : REFUSED;
-    TORCH_CHECK(type >= 0, "WKV on the GPU takes float32, bfloat16 and float16, not ", numbers);
+    Wkv::type = GpuCall::type();
     this->r = read(r), this->k = read(k), this->v = read(v), this->w = read(w, once ? at::kFloat : numbers);
     if (delta) a = read(*other[0]), b = read(*other[1]);
     else u = floats(*other[0]);
   }
-  // Whole, and where four numbers can be read at once. Null for a tensor that is not there.
-  const void* read(const OptTensor& x, at::ScalarType as) {
-    if (!x) return nullptr;
-    TORCH_CHECK(x->device() == on.device(), "WKV: a tensor is on ", x->device(), ", r is on ", on.device());
-    const Tensor y = x->to(as).contiguous();
-    held.push_back(reinterpret_cast<uintptr_t>(y.const_data_ptr()) % 16 ? y.clone() : y);
-    return held.back().const_data_ptr();
-  }
-  const void* read(const OptTensor& x) { return read(x, numbers); }
-  const float* floats(const OptTensor& x) { return static_cast<const float*>(read(x, at::kFloat)); }
-  // New tensors; `to` is set to where they begin.
-  Tensor room(void*& to, at::IntArrayRef size) {
-    const Tensor x = at::empty(size, on.dtype(numbers));
-    to = x.data_ptr();
-    return x;
-  }
-  Tensor room(float*& to, at::IntArrayRef size) {
-    const Tensor x = at::empty(size, on.dtype(at::kFloat));
-    to = x.numel() ? static_cast<float*>(x.data_ptr()) : nullptr;
-    return x;
-  }
   Tensor like_r(void*& to) { return room(to, sizes); }
   int64_t pieces() const { return pieces_of(B * H, T); }
-  void run(int (*pass)(const Wkv*, void*)) const {
-    const int error = pass(this, current_stream(guard.current_device().index()));
-    TORCH_CHECK(error == 0, "WKV on the GPU failed: ", error < 0 ? "it takes heads of 64 channels, not " :
-                "CUDA error ", error < 0 ? N : error);
-  }
+  void run(int (*pass)(const Wkv*, void*)) const { GpuCall::run(pass, static_cast<const Wkv*>(this)); }
 };
 
 // What is kept for backward: sa of WKV-7, then a state every STEPS steps.

@@ -18,7 +18,6 @@ from .quant import QuantLinear
 
 MAX_LOGIT = 1e-4
 CHUNK = 128        # tokens whose logits are made at once
-HEAD_ROWS = 8192   # rows of an int8 head that are dense at once
 SLICE = 2**19  # logits that a CPU works on at once: 2 MB in fp32
 
 
@@ -83,8 +82,7 @@ def _weight_slices(head: nn.Module) -> list[tuple[slice, Callable[[], Tensor]]] 
     if type(head) in (nn.Linear, Linear) and head.bias is None:
         return [(slice(None), lambda: head.weight)]
     if type(head) is QuantLinear and head.held.kind == "int8":
-        ranges = [slice(i, i + HEAD_ROWS) for i in range(0, head.out_features, HEAD_ROWS)]
-        return [(rows, partial(head.held.dense, rows)) for rows in ranges]
+        return [(rows, partial(head.held.dense, rows)) for rows in head.held.slices()]
     return None
 
 

@@ -20,9 +20,9 @@ from torch.utils._pytree import tree_flatten
 from . import config
 from .config import LiveSettings, LoraSettings, Settings, TrainSettings
 from .lora.layers import adapter_parameters, attach, set_dropout_step
-from .loss import CHUNK, HEAD_ROWS, SLICE
+from .loss import CHUNK, SLICE
 from .model import DTYPES, RWKV, Shape, State
-from .quant import Held, QuantLinear
+from .quant import HEAD_ROWS, Held, QuantLinear
 from .wkv import pick_op
 from .wkv.kernels import SAVE
 

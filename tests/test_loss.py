@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from rwkv_nb.config import LoraSettings
 from rwkv_nb.lora.layers import adapter_parameters, attach
-from rwkv_nb.loss import HEAD_ROWS, SLICE, head_loss
-from rwkv_nb.quant import Held, QuantLinear
+from rwkv_nb.loss import SLICE, head_loss
+from rwkv_nb.quant import HEAD_ROWS, Held, QuantLinear
 
 
 def plain_loss(hidden, head, targets, mask, n_trained):

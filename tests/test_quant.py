@@ -10,8 +10,9 @@ from torch import nn
 from rwkv_nb.config import LoraSettings
 from rwkv_nb.errors import SettingsError
 from rwkv_nb.lora.layers import attach, lora_layers, set_dropout_step
+from rwkv_nb.memory import LiveBytes
 from rwkv_nb.model import RWKV, Shape, load_model, save_weights
-from rwkv_nb.quant import Held, QuantLinear
+from rwkv_nb.quant import HEAD_ROWS, Held, QuantLinear, bitsandbytes
 
 KINDS = [("int8", False), ("nf4", False), ("nf4", True)]
 FARTHEST = {"int8": 0.011, "nf4": 0.11}   # ‖W - dense‖ / ‖W‖ of a normal W
@@ -28,6 +29,16 @@ def test_a_matrix_comes_back_nearly_as_it_was(kind, double, dtype):
     assert 0 <= held.nbytes - bytes_each * W.numel() < 1600   # tables, and int8's scales
     if kind == "int8":
         assert torch.equal(held.dense(slice(7, 20)), held.dense()[7:20])
+
+
+def test_no_row_of_int8_is_longer_or_shorter_than_it_was():
+    """A row's scale is rounded to bf16, by up to 0.4 %: before the codes are made, or the row would be off by that."""
+    W = torch.randn(96, 4096)
+    W[3] = 0
+    dense = Held(W, "int8", dtype=torch.bfloat16).dense().float()
+    assert torch.equal(dense[3], W[3])
+    along = (dense * W).sum(1)[W.any(1)] / W.square().sum(1)[W.any(1)]
+    assert (along - 1).square().mean().sqrt() < 6e-4
 
 
 def twins(kind, double, dtype, p):
@@ -81,6 +92,23 @@ def test_without_bitsandbytes_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(SettingsError, match=r"bitsandbytes is needed.*\n.*rwkv_nb\[quant\]"):
         Held(torch.randn(8, 64), "nf4", dtype=torch.float32)
+
+
+def test_a_bitsandbytes_without_a_library_for_this_gpu_is_said_in_short(monkeypatch):
+    broken = bitsandbytes().cextension.ErrorHandlerMockBNBNativeLibrary("CUDA binary not found at …")
+    monkeypatch.setattr(bitsandbytes().cextension, "lib", broken)
+    with pytest.raises(SettingsError, match=r"bitsandbytes [\d.]+ has no library that fits torch.*\n→ pip install -U"):
+        Held(torch.randn(8, 64), "nf4", dtype=torch.float32)
+
+
+@torch.no_grad()
+def test_a_large_int8_matrix_is_dense_a_slice_at_a_time():
+    layer, x = QuantLinear(Held(torch.randn(2 * HEAD_ROWS + 9, 96), "int8", dtype=torch.float32)), torch.randn(1, 2, 96)
+    dense = layer.held.dense()
+    with LiveBytes() as live:
+        y = layer(x)
+    torch.testing.assert_close(y, x @ dense.t())
+    assert live.peak < dense.nbytes
 
 
 # -- whole models ----------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import LoraSettings
+from ..dropout import Dropout
 from ..errors import SettingsError, did_you_mean
 from ..quant import frozen_product
 from .parts import train_parts, trained_parts
@@ -63,28 +64,18 @@ class LoraLinear(nn.Linear):
         """α/R"""
         return self.alpha / self.r
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, squared: bool = False) -> Tensor:
+        """squared: max(x, 0)² takes x's place."""
         W = self.held or self.weight
         if self.strength == 0:
-            return frozen_product(x, W, self.bias)
+            return frozen_product(x, W, self.bias, squared=squared)
         p = self.dropout if self.training else 0.0
-        hits = _draw_hits(x.numel(), p, self.clock.mask_seed(self.index), x.device) if p else None
-        return frozen_product(x, W, self.bias, self.lora_A, self.lora_B, self.scale * self.strength / (1 - p), hits)
+        dropout = Dropout(p, self.clock.mask_seed(self.index)) if p else None
+        scale = self.scale * self.strength / (1 - p)
+        return frozen_product(x, W, self.bias, self.lora_A, self.lora_B, scale, dropout, squared)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, r={self.r}, alpha={self.alpha:g}, dropout={self.dropout:g}"
-
-
-def _draw_hits(n: int, p: float, seed: int, device: torch.device) -> Tensor:
-    """Which of n elements dropout hits, each with probability p: int64, ascending; those from n on mean nothing.
-
-    The gaps between hits are drawn (geometric), not one number an element: at p = 0.01 a small part of the work.
-    """
-    generator = torch.Generator(device).manual_seed(seed)
-    enough = int(n * p + 8 * math.sqrt(n * p) + 16)  # hits: mean np, and eight standard deviations to be sure
-    uniform = torch.rand(enough, generator=generator, device=device)
-    gaps = uniform.neg_().log1p_().div_(math.log1p(-p)).long().add_(1)
-    return gaps.cumsum_(0).sub_(1)
 
 
 def attach(model: nn.Module, lora: LoraSettings, seed: int) -> list[str]:

@@ -114,11 +114,10 @@ def assemble(shape: Shape, weights: Iterable[tuple[str, Tensor]], *, device="cpu
     """A model of pairs (key, tensor), taken one at a time.
 
     quant: "int8" or "nf4" holds the linears of att and ffn in fewer bytes, quant_head the head in int8; each matrix is
-    quantised as it comes, so that the whole model never exists in `dtype`. emb_cpu leaves the embedding on the CPU.
+    quantised as it comes, so that the whole model never exists in `dtype`. emb_cpu leaves the embedding on the CPU:
+    only the rows of the tokens at hand cross to the device.
     """
     model = RWKV(shape, device="meta")
-    if emb_cpu:
-        model.emb = HostEmbedding(shape.vocab_size, shape.n_embd, device="meta")
     plain = {}
     for key, W in weights:
         kind = ("int8" if quant_head else "none") if key == "head.weight" else quant
@@ -130,13 +129,6 @@ def assemble(shape: Shape, weights: Iterable[tuple[str, Tensor]], *, device="cpu
             plain[key] = W.to(device=on, dtype=dtype or W.dtype)
     model.load_state_dict(plain, strict=True, assign=True)
     return model
-
-
-class HostEmbedding(nn.Embedding):
-    """An embedding that stays on the CPU: only the rows of the tokens at hand cross to the tokens' device."""
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return super().forward(tokens.cpu()).to(tokens.device)
 
 
 def fingerprint(path: str | Path) -> str:

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from ..wkv import pick_op
 from . import rwkv5, rwkv6, rwkv7
 from .parts import Linear
+from .recompute import recomputed
 from .shape import Shape
 
 PARTS = {"x070": rwkv7, "x060": rwkv6, "x052": rwkv5}
@@ -84,26 +86,39 @@ class RWKV(nn.Module):
         wkv = torch.zeros(s.n_layer, batch, s.n_head, s.head_size, s.head_size, device=weight.device)
         return State(x, wkv, x.clone())
 
+    def _embedded(self, tokens: Tensor) -> Tensor:
+        """The tokens' rows of the embedding, which may have stayed on the CPU, on the model's device [B,T,C]."""
+        here, there = self.emb.weight.device, self.ln_out.weight.device
+        x = self.emb(tokens.to(here, non_blocking=here.type != "cpu"))  # what comes from a GPU must be there first
+        if there.type == "cuda" and here.type == "cpu" and not x.requires_grad:
+            x = x.pin_memory()                                          # else a GPU's queue is waited for
+        return x.to(there, non_blocking=True)
+
     def hidden(self, tokens: Tensor, state: State | None = None, *, op="auto", grad_cp="none",
                keep_state=True, starts: Tensor | None = None) -> tuple[Tensor, State | None]:
         """tokens int64 [B,T] → hidden [B,T,C] behind ln_out, and the state after the last token (None if not kept).
 
-        state None starts a text. grad_cp "block" recomputes each block in backward (Chen et al. 2016, arXiv
-        1604.06174), "selective" all of it but compiled WKV operators.
+        tokens may lie on the CPU wherever the model is; with the embedding there, best so: then nothing waits.
+        state None starts a text. grad_cp "block" recomputes each block in backward (.recompute), "selective" all of
+        it but compiled WKV operators.
         starts: bool [B,T], best on the CPU, where a row holds several texts: True where one begins, as each row does.
         None sees another; there is no state before, and none of use afterwards.
         """
-        x, v_first, after = self.emb(tokens), None, []
+        x, v_first, after = self._embedded(tokens), None, []
+        op = pick_op(op, x, x.dtype, self.shape.generation, self.shape.head_size)  # once: all blocks compute alike
         zeros = x.new_zeros(len(x), self.shape.n_embd)
         here = None if starts is None else starts.to(x.device, non_blocking=True)
         begin = (zeros, None, zeros) if starts is None else (here, starts, here)
         befores = zip(*state, strict=True) if state else itertools.repeat(begin, len(self.blocks))
-        kept = {"context_fn": _keep_wkv} if grad_cp == "selective" else {}
+        way = grad_cp if torch.is_grad_enabled() else "none"
         for block, before in zip(self.blocks, befores, strict=True):
-            if grad_cp != "none" and torch.is_grad_enabled():
-                out = checkpoint(block, x, v_first, *before, op, use_reentrant=False, preserve_rng_state=False, **kept)
-            else:
+            if way == "none":
                 out = block(x, v_first, *before, op)
+            elif way == "selective":
+                out = checkpoint(block, x, v_first, *before, op, use_reentrant=False, preserve_rng_state=False,
+                                 context_fn=_keep_wkv)
+            else:
+                out = recomputed(block, x, v_first, *before, op=op)
             x, v_first = out[:2]
             after += [out[2:]] if keep_state else []
         return self.ln_out(x), State(*map(torch.stack, zip(*after, strict=True))) if keep_state else None

@@ -12,7 +12,7 @@ from einops import rearrange
 
 from ..wkv import wkv6
 from .parts import Part
-from .pointwise import squared_relu, token_shift
+from .pointwise import gated_norm, token_shift
 
 
 class TimeMix(Part):
@@ -25,8 +25,7 @@ class TimeMix(Part):
         xr, xk, xv, xg, w = self.inputs(x, last_x)
         r, k, v = self.heads(self.receptance(xr), self.key(xk), self.value(xv))
         y, state = self.wkv(r, w, k, v, self.time_faaaa, state, op=op)
-        y = rearrange(self.norm(y), "B T H N -> B T (H N)")
-        return self.output(y * F.silu(self.gate(xg))), v_first, state
+        return self.output(gated_norm(y, self.gate(xg), self.ln_x)), v_first, state
 
     def inputs(self, x, last_x):
         """What receptance, key, value and gate read, [B,T,C] each, and the raw decay [B,T,H,N].
@@ -38,7 +37,7 @@ class TimeMix(Part):
         fixed = torch.cat([self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g])
         mixes = torch.baddbmm(fixed, narrow, self.time_maa_w2)
         xw, xk, xv, xr, xg = token_shift(x, last_x, *rearrange(mixes, "M (B T) C -> M B T C", B=x.shape[0]))
-        w, = self.heads(self.time_decay + torch.tanh(xw @ self.time_decay_w1) @ self.time_decay_w2)
+        w, = self.heads(F.linear(torch.tanh(xw @ self.time_decay_w1), self.time_decay_w2.mT, self.time_decay.flatten()))
         return xr, xk, xv, xg, w
 
 
@@ -48,7 +47,7 @@ class ChannelMix(Part):
     def forward(self, x, last_x):
         """x [B,T,C], last_x [B,C] → [B,T,C]"""
         xk, xr = token_shift(x, last_x, *self.mixes())
-        return torch.sigmoid(self.receptance(xr)) * self.value(squared_relu(self.key(xk)))
+        return torch.sigmoid(self.receptance(xr)) * self.value(self.key(xk), squared=True)
 
     def mixes(self):
         """How much of the token before key and receptance see, [1,1,C] each."""

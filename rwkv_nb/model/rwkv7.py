@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from ..wkv import wkv7
 from .parts import Part
-from .pointwise import squared_relu, token_shift
+from .pointwise import gated_norm, token_shift, wkv7_inputs
 
 
 class TimeMix(Part):
@@ -24,21 +24,15 @@ class TimeMix(Part):
         """
         xr, xw, xk, xv, xa, xg = token_shift(x, last_x, self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
-        # decay = exp(-exp(w)), w ≤ -0.5; worked out in fp32, where a slow decay keeps its digits
-        w = F.logsigmoid((self.w0 + torch.tanh(xw @ self.w1) @ self.w2).float()) - 0.5
-        a = torch.sigmoid(self.a0 + (xa @ self.a1) @ self.a2)
-        g = torch.sigmoid(xg @ self.g1) @ self.g2
-        if v_first is None:
-            v_first = v
-        else:
-            v = torch.lerp(v, v_first, torch.sigmoid(self.v0 + (xv @ self.v1) @ self.v2))
+        decay = F.linear(torch.tanh(xw @ self.w1), self.w2.mT, self.w0.flatten())
+        rate = F.linear(xa @ self.a1, self.a2.mT, self.a0.flatten())
+        gate = torch.sigmoid(xg @ self.g1) @ self.g2
+        mix = None if v_first is None else F.linear(xv @ self.v1, self.v2.mT, self.v0.flatten())
 
-        kk = F.normalize(*self.heads(k * self.k_k), dim=-1)
-        k = k * torch.addcmul(1 - self.k_a, a, self.k_a)
-        r, w, k, v, a = self.heads(r, w.to(x.dtype), k, v, a)
-        y, state = wkv7(r, w, k, v, -kk, kk * a, state, op=op)
-        y = torch.addcmul(self.norm(y), (r * k * self.r_k).sum(-1, keepdim=True), v)
-        return self.output(y.flatten(2) * g), v_first, state
+        w, key, value, kk, minus = wkv7_inputs(decay, rate, k, v, mix, v_first, self.k_k, self.k_a, self.n_head)
+        v_first, (r,) = v if v_first is None else v_first, self.heads(r)
+        y, state = wkv7(r, w, key, value, kk, minus, state, op=op)
+        return self.output(gated_norm(y, gate, self.ln_x, (r, key, value, self.r_k))), v_first, state
 
 
 class ChannelMix(Part):
@@ -47,4 +41,4 @@ class ChannelMix(Part):
     def forward(self, x, last_x):
         """x [B,T,C], last_x [B,C] → [B,T,C]"""
         (xk,) = token_shift(x, last_x, self.x_k)
-        return self.value(squared_relu(self.key(xk)))
+        return self.value(self.key(xk), squared=True)

@@ -34,7 +34,7 @@ class TokenSteps:
 
     def __call__(self, tokens: list[int], state: State) -> tuple[Tensor, State]:
         """tokens, B of them, and the state before → hidden [B,1,C], state. The state given may be changed in place."""
-        model, ids = self.model, torch.tensor(tokens, device=self.model.ln_out.weight.device)[:, None]
+        model, ids = self.model, torch.tensor(tokens)[:, None]
         if len(tokens) > 1 or not self.fused:
             return model.hidden(ids, state, op=self.op)
         self._given = self._given or _weights(model)

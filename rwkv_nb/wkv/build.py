@@ -159,7 +159,8 @@ def _last_words(error: Exception) -> str:
 
 @functools.cache
 def _stem() -> str:
-    return "wkv_cpu-" + digest(read_sources(*SOURCES, "*.h"), torch.__version__, " ".join(FLAGS), _cpu())
+    sources = read_sources(*SOURCES, "*cpu*.h", "wkv_tiles.h")
+    return "wkv_cpu-" + digest(sources, torch.__version__, " ".join(FLAGS), _cpu())
 
 
 def read_sources(*patterns: str) -> bytes:

@@ -22,6 +22,7 @@ SAVE = 16       # steps between two states that the GPU kernels keep for backwar
 CUDA_HEAD = 64  # channels of a head that the GPU kernels take
 
 _lock = threading.Lock()
+_pointwise: set[str] = set()  # types of device whose pointwise kernels are loaded
 
 
 def run(name, *inputs):
@@ -73,6 +74,36 @@ def _load_once() -> None:
 def _load_cuda_once() -> None:
     load_cuda_kernels()
     try_out(functools.partial(run_cuda, "wkv7"))
+    register_pointwise()
+
+
+def register_pointwise() -> None:
+    """Tell torch.compile the shapes of the pointwise operators, which are the GPU's alone; from here on `on_gpu` may
+    say yes."""
+    def like(x):
+        return x.new_empty(x.shape)
+
+    def shift_back(x, before, mixes, dy):
+        last = [] if before.dtype == torch.bool else [like(before)]
+        return [like(x), *last, *(like(mix) for mix in mixes if mix.numel() > x.shape[-1])]
+
+    for name, fake in {
+            "shift": lambda x, before, mixes: [like(x) for _ in mixes],
+            "shift_backward": shift_back,
+            "prepare": lambda inputs, mix, v_first: [like(inputs[2]) for _ in range(5)],
+            "prepare_backward": lambda inputs, mix, v_first, grads: [
+                like(inputs[2]) for _ in range(4 if mix is None else 6)],
+            "finish": lambda inputs, rkv, eps: like(inputs[1]),
+            "finish_backward": lambda inputs, rkv, eps, d_out: [*map(like, inputs[:2]), *map(like, rkv[:3])]}.items():
+        torch.library.register_fake(f"rwkv_nb::{name}", fake)
+    _pointwise.add("cuda")
+
+
+def on_gpu(*tensors) -> bool:
+    """Whether the GPU's kernels are loaded and take these tensors, None left out: all on a GPU, of one dtype."""
+    there = [x for x in tensors if x is not None]
+    kinds = {(x.device.type, x.dtype) for x in there}
+    return len(kinds) == 1 and there[0].device.type in _pointwise and there[0].dtype != torch.float64
 
 
 def _fake(name, r, *others):

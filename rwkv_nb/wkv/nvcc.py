@@ -17,7 +17,7 @@ import torch
 from ..errors import KernelError
 from .build import compile_cpp, digest, load_library, read_sources, remembered, source_folder
 
-KERNEL = "wkv_gpu.cu"
+KERNELS, OPERATORS = ("wkv_gpu.cu", "pointwise_gpu.cu"), ("wkv_cuda.cpp", "pointwise_cuda.cpp")
 FLAGS = ("-O3", "-std=c++17", "-Xcompiler", "-fPIC")
 INSTALL = ("install a CUDA compiler and start the notebook's kernel again (pip install 'rwkv_nb[cuda]' · conda install "
            "-c conda-forge cuda-nvcc · your system's CUDA toolkit), or use op \"triton\", which needs none")
@@ -32,13 +32,14 @@ class Nvcc(NamedTuple):
 
     def root(self) -> Path:
         """The folder of its toolkit, by its own word: what lies on PATH may be a script that calls it."""
-        call = [self.path, "--dryrun", "-c", source_folder() / KERNEL]
+        call = [self.path, "--dryrun", "-c", source_folder() / KERNELS[0]]
         top = re.search(r"TOP=(.*)", subprocess.run(call, capture_output=True, text=True).stderr)
         return Path(top[1].strip()).resolve() if top else self.path.parents[1]
 
     def compile(self, output: Path, *flags: str) -> str:
         """Compile the kernels to output/*.o; returns what nvcc said. Raises KernelError with its words."""
-        done = subprocess.run([self.path, *FLAGS, *flags, "-c", source_folder() / KERNEL, "--output-directory", output],
+        sources = [source_folder() / kernel for kernel in KERNELS]
+        done = subprocess.run([self.path, *FLAGS, *flags, "-c", *sources, "--output-directory", output],
                               text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         if done.returncode:
             raise KernelError(f"the GPU kernels did not compile:\n{done.stdout[-2000:]}", where=self.path, fix=INSTALL)
@@ -68,7 +69,7 @@ def load_cuda_kernels() -> None:
 def build_for(architectures: list[str]) -> None:
     """Load the GPU kernels for architectures such as "sm_90" from the cache, compiling them first if need be."""
     nvcc = find_nvcc()
-    stem = "wkv_cuda-" + digest(read_sources("*.cu*", "wkv_gpu.h", "wkv_cuda.cpp"), torch.__version__, *FLAGS,
+    stem = "wkv_cuda-" + digest(read_sources("*.cu*", "*gpu*.h", *OPERATORS), torch.__version__, *FLAGS,
                                 *architectures)
     load_library(stem, nvcc.version if nvcc else "", lambda folder: _build(nvcc, architectures, folder))
 
@@ -79,7 +80,7 @@ def _build(nvcc: Nvcc | None, architectures: list[str], folder: Path) -> None:
     print(f"rwkv_nb: compiling the GPU WKV kernels with nvcc {nvcc.version} ({nvcc.source}) for "
           f"{', '.join(architectures)} (once per machine, usually under a minute) …", file=sys.stderr, flush=True)
     nvcc.compile(folder, *(f"-gencode=arch={a.replace('sm', 'compute')},code={a}" for a in architectures))
-    compile_cpp("rwkv_nb_cuda", ["wkv_cuda.cpp"], folder, ("-O2",), [*map(str, folder.glob("*.o")), *link_flags(nvcc)])
+    compile_cpp("rwkv_nb_cuda", OPERATORS, folder, ("-O2",), [*map(str, folder.glob("*.o")), *link_flags(nvcc)])
 
 
 def link_flags(nvcc: Nvcc) -> list[str]:

@@ -82,7 +82,7 @@ def build(folder: Path, name: str, architecture: str = "") -> Path:
     architecture = architecture or "sm_{}{}".format(*torch.cuda.get_device_capability())
     objects = [sources / "kernels.o", sources / "operators.o"]
     includes = [f"-I{path}" for path in include_paths()]
-    _run(compiler.path, *nvcc.FLAGS, f"-arch={architecture}", "-c", sources / nvcc.KERNEL, "-o", objects[0])
+    _run(compiler.path, *nvcc.FLAGS, f"-arch={architecture}", "-c", sources / nvcc.KERNELS[0], "-o", objects[0])
     _run("c++", "-O2", "-std=c++20", "-fPIC", *includes, "-c", sources / "wkv_cuda.cpp", "-o", objects[1])
     _run("c++", "-shared", "-o", sources / "variant.so", *objects, *nvcc.link_flags(compiler),
          *(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-lc10")

@@ -15,6 +15,7 @@ from rwkv_nb.data.sources import Document
 from rwkv_nb.lora.layers import adapter_parameters, attach
 from rwkv_nb.loss import head_loss
 from rwkv_nb.model import PUBLISHED, PUBLISHED_OLDER, RWKV
+from rwkv_nb.model.checkpoint import assemble
 
 SHAPES = {"v7": PUBLISHED["0.1B"], "v6": PUBLISHED_OLDER["v6 1.6B"], "v5": PUBLISHED_OLDER["v5 0.4B"]}
 
@@ -57,3 +58,16 @@ def test_a_step_waits_for_no_number_of_the_device(dataload):
     grads = [p.grad for p in adapter_parameters(model)]
     torch.nn.utils.clip_grad_norm_(list(adapter_parameters(model)), 1.0)
     assert ce.device.type == "meta" and all(grad.device.type == "meta" for grad in grads)
+
+
+@pytest.mark.parametrize("emb_cpu", [True, False])
+def test_tokens_may_lie_on_the_cpu_and_the_embedding_too(emb_cpu):
+    shape = dataclasses.replace(SHAPES["v7"], n_layer=2, vocab_size=99)
+    weights = {key: torch.zeros(size) for key, size in shape.key_shapes().items()}
+    model = assemble(shape, weights.items(), device="meta", emb_cpu=emb_cpu)
+    assert model.emb.weight.device.type == ("cpu" if emb_cpu else "meta") and model.head.weight.device.type == "meta"
+    attach(model, LoraSettings(r=4), seed=0)
+    hidden, after = model.hidden(torch.zeros(2, 9, dtype=torch.long), op="chunked")
+    assert {x.device.type for x in (hidden, *after)} == {"meta"}
+    hidden.sum().backward()
+    assert {p.grad.device.type for p in adapter_parameters(model)} == {"meta"}

@@ -9,7 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rwkv_nb.memory import LiveBytes
 from rwkv_nb.model import PUBLISHED, RWKV, State, load_model, save_weights
+from rwkv_nb.model.pointwise import gated_norm
 
 PACKAGE = """
 import sys, torch
@@ -97,20 +99,38 @@ def test_the_future_does_not_change_the_past(model):
 
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_recomputing_blocks_changes_nothing(lively, version, dtype):
+@pytest.mark.parametrize("grad_cp", ["block", "selective"])
+@pytest.mark.parametrize("with_state", [True, False])
+def test_recomputing_blocks_changes_nothing(lively, version, dtype, grad_cp, with_state):
     model, x = lively(version).to(dtype), tokens(2, 33)
+    state = State(*(torch.randn_like(part).mul(0.1).requires_grad_() for part in model.zero_state(2)))
 
-    def gradients(**how):
+    def gradients(grad_cp):
         model.zero_grad()
-        hidden, _ = model.hidden(x, **how)
-        hidden.float().square().sum().backward()
-        return hidden.detach(), {name: p.grad for name, p in model.named_parameters() if name != "head.weight"}
+        hidden, after = model.hidden(x, state if with_state else None, grad_cp=grad_cp)
+        sum(part.float().square().sum() for part in (hidden, *(after if with_state else ()))).backward()
+        grads = {name: p.grad for name, p in model.named_parameters() if name != "head.weight"}
+        for name, part in state._asdict().items() if with_state else ():
+            grads[name], part.grad = part.grad, None
+        return hidden.detach(), grads
 
-    (off, without), (on, with_) = gradients(), gradients(grad_cp=True)
+    (off, without), (on, with_) = gradients("none"), gradients(grad_cp)
     assert torch.equal(off, on)
     for name, gradient in without.items():
         assert gradient is not None and gradient.abs().max() > 0 or ".0.att.v" in name, name
         assert gradient is None or torch.equal(gradient, with_[name]), name
+
+
+def test_a_recomputed_block_keeps_its_inputs_alone(lively):
+    model, x, kept = lively(), tokens(2, 33), {}
+    for grad_cp in ("none", "block"):
+        with LiveBytes() as live:
+            for parameter in model.parameters():
+                live.count(parameter)
+            before = live.now
+            hidden, _ = model.hidden(x, grad_cp=grad_cp, keep_state=False)
+            kept[grad_cp] = (live.now - before) / hidden.nbytes
+    assert kept["block"] < model.shape.n_layer + 4 < kept["none"] / 9   # what goes in and out, and v_first
 
 
 def test_gradients_reach_the_state(model):
@@ -123,7 +143,9 @@ def test_gradients_reach_the_state(model):
 def test_ln_x_is_the_published_norm_of_y_over_8(lively):
     att, y = lively("x052").double().blocks[1].att, torch.randn(2, 5, 2, 64, dtype=torch.float64)
     published = torch.nn.functional.group_norm(y.flatten(2).flatten(0, 1) / 8, 2, att.ln_x.weight, att.ln_x.bias, 1e-5)
-    torch.testing.assert_close(att.norm(y).flatten(2).flatten(0, 1), published)
+    nothing = torch.zeros_like(y), torch.zeros_like(y), torch.zeros_like(y), torch.zeros(y.shape[-2:])
+    normed = gated_norm(y, torch.ones_like(y).flatten(2), att.ln_x, nothing)
+    torch.testing.assert_close(normed.flatten(0, 1), published)
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -1,0 +1,188 @@
+"""The GPU's pointwise kernels without a GPU: their own source on the CPU against the formulas in float64.
+
+What no machine without a GPU can show is in tests/gpu/.
+"""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from host_build import compile_on_host
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rwkv_nb.config import LoraSettings
+from rwkv_nb.lora.layers import adapter_parameters, attach
+from rwkv_nb.model import State
+from rwkv_nb.wkv import kernels
+
+pytestmark = pytest.mark.xdist_group("nvcc")
+B, T, H, N = 2, 7, 3, 64   # the last block of threads is not full
+C = H * N
+DTYPES = {torch.float32: 5e-7, torch.bfloat16: 3e-3, torch.float16: 4e-4}  # with the one rounding of each result
+
+
+@pytest.fixture(scope="module", autouse=True)
+def operators(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pointwise")
+    torch.ops.load_library(compile_on_host(folder, "pointwise_cuda.cpp", "pointwise_gpu.cu"))
+    kernels.register_pointwise()
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """torch.empty is filled with NaN, in C++ too, so that a place which a kernel forgets to write is seen."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=DTYPES, ids=str)
+def dtype(request):
+    return request.param
+
+
+def numbers(dtype, *shape, count=1):
+    return [torch.randn(shape).to(dtype) for _ in range(count)]
+
+
+def exact(*tensors):
+    return [x.double().requires_grad_() for x in tensors]
+
+
+def check(dtype, found, expected):
+    assert len(found) == len(expected)
+    for x, y in zip(found, expected, strict=True):
+        assert x.dtype == dtype and (x.double() - y.view(x.shape)).norm() <= DTYPES[dtype] * y.norm()
+
+
+def heads(x):
+    return x.unflatten(-1, (H, N))
+
+
+@pytest.mark.parametrize("each", [False, True], ids=["one-mix", "a-mix-a-token"])
+@pytest.mark.parametrize("texts", [False, True], ids=["rows", "texts"])
+@pytest.mark.parametrize("count", [1, 6])
+def test_token_shift(dtype, each, texts, count):
+    x, = numbers(dtype, B, T, C)
+    last, = numbers(dtype, B, C)
+    mixes = numbers(dtype, *((B, T, C) if each else (1, 1, C)), count=count)
+    dy = numbers(dtype, B, T, C, count=count)
+    starts = torch.rand(B, T) < 0.4
+    starts[:, 0] = True
+    before = starts if texts else last
+
+    x64, last64, *mixes64 = exact(x, last, *mixes)
+    back = torch.cat([last64[:, None], x64[:, :-1]], 1)
+    back = back.masked_fill(starts[..., None], 0) if texts else back
+    expected = [x64 + (back - x64) * mix for mix in mixes64]
+    wanted = [x64, *([] if texts else [last64]), *(mixes64 if each else [])]
+    grads = torch.autograd.grad(expected, wanted, [d.double() for d in dy])
+    check(dtype, torch.ops.rwkv_nb.shift(x, before, mixes), [y.detach() for y in expected])
+    check(dtype, torch.ops.rwkv_nb.shift_backward(x, before, mixes, dy), grads)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["block-0", "others"])
+def test_before_wkv7(dtype, first):
+    inputs = [3 * numbers(dtype, B, T, C)[0], *numbers(dtype, B, T, C, count=3), *numbers(dtype, 1, 1, C, count=2)]
+    more = [None, None] if first else numbers(dtype, B, T, C, count=2)
+    decay, rate, k, v, k_k, k_a, *mixed = exact(*inputs, *(more[:0] if first else more))
+    a, kk = torch.sigmoid(rate), F.normalize(heads(k * k_k), dim=-1).flatten(2)
+    value = v if first else torch.lerp(v, mixed[1], torch.sigmoid(mixed[0]))
+    expected = [F.logsigmoid(decay) - 0.5, k * (1 + (a - 1) * k_a), value, kk, -kk * a]
+    upstream = numbers(dtype, B, T, C, count=5)
+    grads = torch.autograd.grad(expected, [decay, rate, k, v, *mixed], [d.double() for d in upstream])
+    check(dtype, torch.ops.rwkv_nb.prepare(inputs, *more), [y.detach() for y in expected])
+    check(dtype, torch.ops.rwkv_nb.prepare_backward(inputs, *more, upstream), grads)
+
+
+@pytest.mark.parametrize("version", [7, 6])
+def test_behind_wkv(dtype, version):
+    (y, gate, *rkv), vectors = numbers(dtype, B, T, C, count=5), numbers(dtype, C, count=3)
+    weight, bias, r_k = vectors
+    exact_ones = exact(y, gate, *rkv)
+    y64, gate64, r, k, v = exact_ones
+    normed = F.layer_norm(heads(y64), (N,), eps=64e-5).flatten(2) * weight.double() + bias.double()
+    bonus = ((heads(r) * heads(k) * heads(r_k.double())).sum(-1, keepdim=True) * heads(v)).flatten(2)
+    expected = (normed + bonus) * gate64 if version == 7 else normed * F.silu(gate64)
+    d_out, = numbers(dtype, B, T, C)
+    grads = torch.autograd.grad(expected, exact_ones if version == 7 else [y64, gate64], d_out.double())
+    call = [y, gate, weight, bias], [*rkv, r_k] if version == 7 else [], 64e-5
+    check(dtype, [torch.ops.rwkv_nb.finish(*call)], [expected.detach()])
+    check(dtype, torch.ops.rwkv_nb.finish_backward(*call, d_out), grads)
+
+
+def test_other_heads_and_dtypes_are_refused():
+    with pytest.raises(RuntimeError, match="not Double"):
+        torch.ops.rwkv_nb.shift(torch.randn(1, 2, 8).double(), torch.randn(1, 8), [torch.randn(8)])
+    with pytest.raises(RuntimeError, match="7 mixes"):
+        torch.ops.rwkv_nb.shift(torch.randn(1, 2, 8), torch.randn(1, 8), [torch.randn(8)] * 7)
+
+
+class Called(TorchDispatchMode):
+    """Names of this project's operators that really ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "rwkv_nb":
+            self.names.append(function._opname)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("version", ["x070", "x060", "x052"])
+@pytest.mark.parametrize("rows", ["state", "texts"])
+@pytest.mark.parametrize("grad_cp", ["none", "block"])
+def test_a_whole_model_is_the_same_with_them(lively, version, rows, grad_cp, monkeypatch):
+    """A LoRA model, as if the CPU were a GPU, against itself without the kernels: all that it learns from."""
+    model = lively(version)
+    attach(model, LoraSettings(r=4), seed=0)
+    for p in adapter_parameters(model):
+        torch.nn.init.normal_(p, std=0.1)
+    tokens, starts = torch.randint(model.shape.vocab_size, (2, 9)), torch.rand(2, 9) < 0.3
+    starts[:, 0] = True
+    state = State(*(x.normal_().mul_(0.3) for x in model.zero_state(2)))
+
+    def outcome(dtype=torch.float32):
+        alike = copy.deepcopy(model).to(dtype)
+        mine = State(*(x.to(dtype).requires_grad_() for x in state))
+        how, more = ({"starts": starts, "keep_state": False}, ()) if rows == "texts" else ({"state": mine}, mine)
+        with Called() as called:
+            hidden, after = alike.hidden(tokens, grad_cp=grad_cp, **how)
+            outputs = [hidden, *(after or ())]
+            sum(x.square().sum() for x in outputs).backward()
+        return [*outputs, *(x.grad for x in (*adapter_parameters(alike), *more))], set(called.names)
+
+    (exact, _), (plain, names) = outcome(torch.float64), outcome()
+    assert not {"shift", "finish"} & names
+    monkeypatch.setattr(kernels, "_pointwise", {"cpu"})
+    fused, names = outcome()
+    there = ("shift", "finish", "prepare") if version == "x070" else ("shift", "finish")
+    assert {*there, *(f"{name}_backward" for name in there)} <= names
+    for x, y, z in zip(fused, plain, exact, strict=True):  # where a norm divides by little, rounding grows, by luck
+        assert (x - z).norm() <= 10 * (y - z).norm() + 1e-5 * z.norm()
+
+
+def test_what_is_learnt_beside_the_adapter_is_computed_without_them(lively, monkeypatch):
+    monkeypatch.setattr(kernels, "_pointwise", {"cpu"})
+    model = lively()
+    with Called() as called:
+        model.hidden(torch.randint(model.shape.vocab_size, (1, 5)))[0].sum().backward()
+    assert not {"shift", "prepare", "finish"} & set(called.names)
+    assert all(p.grad is not None for p in model.blocks[1].att.parameters())
+
+
+@pytest.mark.parametrize("version", ["x070", "x060"])
+def test_torch_compile_is_told_their_shapes(lively, version, monkeypatch):
+    """Without numbers, as torch.compile traces."""
+    monkeypatch.setattr(kernels, "_pointwise", {"cpu"})
+    model = lively(version)
+    attach(model, LoraSettings(r=4), seed=0)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        hidden, _ = model.hidden(torch.zeros(2, 9, dtype=torch.long))
+        grads = torch.autograd.grad(hidden.sum(), list(adapter_parameters(model)))
+    assert hidden.shape == (2, 9, model.shape.n_embd)
+    assert [grad.shape for grad in grads] == [p.shape for p in adapter_parameters(model)]
