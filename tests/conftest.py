@@ -1,4 +1,4 @@
-"""What every test shares: its part of the cores, a tiny random base and a few chat documents, made on the spot."""
+"""What every test shares: one thread, a tiny random base and a few chat documents, made on the spot."""
 
 import json
 import os
@@ -16,10 +16,11 @@ hypothesis.settings.load_profile("house")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _share_the_cores():
-    """pytest-xdist's workers side by side: each takes its share of the cores, or they slow each other down."""
-    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers))
+def _one_thread():
+    """For the tests and the programs that they start. Their models are tiny: more threads would mostly wait for each
+    other, on a machine that does much else many times as long as they work."""
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session")

@@ -15,12 +15,9 @@ from rwkv_nb.runs import Run
 from rwkv_nb.train.launch import LaunchedSession, session_for, torchrun
 from rwkv_nb.train.session import TrainSession
 
-pytestmark = pytest.mark.xdist_group("processes")
-
 
 @pytest.fixture
-def two(settings, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def two(settings):
     return replace(settings, devices=2, accelerator="cpu", micro_bsz=2, lora_dropout=0.0, lr_init=3e-3)
 
 
