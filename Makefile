@@ -19,7 +19,7 @@ lab: setup             ## open the notebooks in JupyterLab
 # Each notebook runs once, in order, in a copy: they hand on through build/nbval/runs/, and yours stays as it is.
 test: setup-test       ## lint, unit tests, and every notebook against its committed outputs
 	$(PYTHON) -m ruff check .
-	$(PYTHON) -m pytest -n 2 --dist loadgroup --durations=15
+	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15
 	rm -rf build/nbval && mkdir -p build/nbval
 	cp -r notebooks build/nbval/ && ln -s ../../data_samples build/nbval/data_samples
 	cd build/nbval/notebooks && $(PYTHON) -m pytest -c ../../../pyproject.toml --rootdir . --durations=10 \
@@ -29,7 +29,7 @@ bench: setup-test      ## measure on this machine; the results are in tests/benc
 	@unset GOMP_SPINCOUNT; for file in tests/benchmarks/bench_*.py; do echo "== $$file"; $(PYTHON) $$file || exit 1; done
 
 soak: setup-test       ## the longer proofs; the results are in tests/benchmarks/results/soak.txt
-	@bash -o pipefail -c '$(PYTHON) -m pytest -m soak --durations=0 | tee tests/benchmarks/results/soak.txt'
+	@bash -o pipefail -c '$(PYTHON) -m pytest -m soak --timeout=0 -o faulthandler_timeout=0 --durations=0 | tee tests/benchmarks/results/soak.txt'
 
 # On a machine with a GPU and a torch of its own, where nothing is set up or downloaded.
 gpu-check:             ## PART=kernels|train|memory: what only a GPU shows; the results are in tests/benchmarks/results/gpu/
