@@ -12,7 +12,6 @@ import pytest
 
 from rwkv_nb.data.binidx import BinIdx
 
-pytest.importorskip("datasets")
 NAME, COMMIT = "somebody/some-set", "a" * 40
 ROWS = b"\n".join(json.dumps({"query": f"问 {i}", "response": f"{i}"}).encode() for i in range(9))
 
@@ -57,6 +56,7 @@ write_binidx(sys.argv[2], [document.tokens for document in open_documents(data, 
 
 
 def test_the_mirror_is_asked(tmp_path):
+    pytest.importorskip("datasets")
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Mirror)
     server.asked = []
     threading.Thread(target=server.serve_forever, daemon=True).start()
