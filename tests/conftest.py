@@ -13,9 +13,9 @@ from rwkv_nb.model import RWKV, Shape, init_weights, save_weights
 
 # Files that take long, the longest first: pytest-xdist hands out whole files, and no worker shall be left alone with
 # one of them at the end.
-LONG = ("test_nvcc", "test_panel_in_chromium", "test_memory", "test_build", "test_shrink", "test_kill", "test_live",
-        "test_wkv", "test_memory_bar", "test_launch", "test_rwkv", "test_session", "test_imports", "test_gpu_check",
-        "test_quant")
+LONG = ("test_in_order", "test_nvcc", "test_memory", "test_shrink", "test_wheel", "test_wkv", "test_memory_bar",
+        "test_launch", "test_rwkv", "test_panel_in_chromium", "test_kill", "test_build", "test_session", "test_live",
+        "test_imports", "test_gpu_check", "test_quant")
 
 
 def pytest_addoption(parser):

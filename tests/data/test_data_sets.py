@@ -59,7 +59,7 @@ def test_the_mirror_is_asked(tmp_path):
     pytest.importorskip("datasets")
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Mirror)
     server.asked = []
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     mirror = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path)}
     subprocess.run([sys.executable, "-c", SCRIPT, NAME, tmp_path / "out"], check=True, env={**os.environ, **mirror})
     server.shutdown()
