@@ -1,7 +1,6 @@
 # The environment: the active virtual or conda environment, else .venv, which the first command makes.
 ENV := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX),$(CURDIR)/.venv)
 PYTHON := "$(ENV)/bin/python"
-NOTEBOOKS := $(notdir $(sort $(wildcard notebooks/*.ipynb)))
 export PYTHONUNBUFFERED := 1
 # Threads that wait spin for half a millisecond, then sleep: a browser, a kernel and tests share the cores, and
 # threads that spin on would take them all; threads that sleep at once cost a training step up to half its speed.
@@ -16,20 +15,15 @@ lab: setup             ## open the notebooks in JupyterLab
 	$(PYTHON) -m jupyterlab $(if $(filter 0,$(shell id -u)),--allow-root) --ServerApp.root_dir="$(CURDIR)" \
 		--LabApp.default_url=/lab/tree/notebooks/00_check.ipynb
 
-# Each notebook runs once, in order, in a copy: they hand on through build/nbval/runs/, and yours stays as it is.
-test: setup-test       ## lint, unit tests, and every notebook against its committed outputs
+test: setup-test       ## lint, and the tests, among them every notebook against its committed outputs
 	$(PYTHON) -m ruff check .
-	$(PYTHON) -m pytest -n 2 --dist loadgroup --durations=15
-	rm -rf build/nbval && mkdir -p build/nbval
-	cp -r notebooks build/nbval/ && ln -s ../../data_samples build/nbval/data_samples
-	cd build/nbval/notebooks && $(PYTHON) -m pytest -c ../../../pyproject.toml --rootdir . --durations=10 \
-		--nbval --nbval-current-env --nbval-sanitize-with ../../../tests/nbval_sanitize.cfg $(NOTEBOOKS)
+	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15
 
 bench: setup-test      ## measure on this machine; the results are in tests/benchmarks/results/
 	@unset GOMP_SPINCOUNT; for file in tests/benchmarks/bench_*.py; do echo "== $$file"; $(PYTHON) $$file || exit 1; done
 
 soak: setup-test       ## the longer proofs; the results are in tests/benchmarks/results/soak.txt
-	@bash -o pipefail -c '$(PYTHON) -m pytest -m soak --durations=0 | tee tests/benchmarks/results/soak.txt'
+	@bash -o pipefail -c '$(PYTHON) -m pytest -m soak --timeout=0 --durations=0 | tee tests/benchmarks/results/soak.txt'
 
 # On a machine with a GPU and a torch of its own, where nothing is set up or downloaded.
 gpu-check:             ## PART=kernels|train|memory: what only a GPU shows; the results are in tests/benchmarks/results/gpu/

@@ -1,4 +1,4 @@
-"""What every test shares: its part of the cores, a tiny random base and a few chat documents, made on the spot."""
+"""What every test shares: one thread, the same random numbers each time, a tiny random base, a few chat documents."""
 
 import json
 import os
@@ -11,15 +11,44 @@ import torch
 from rwkv_nb.config import Settings, replace
 from rwkv_nb.model import RWKV, Shape, init_weights, save_weights
 
-hypothesis.settings.register_profile("house", deadline=None)     # a machine that does much else fails no test
-hypothesis.settings.load_profile("house")
+# Files that take long, the longest first: pytest-xdist hands out whole files, and no worker shall be left alone with
+# one of them at the end.
+LONG = ("test_in_order", "test_nvcc", "test_memory", "test_shrink", "test_wheel", "test_wkv", "test_memory_bar",
+        "test_launch", "test_rwkv", "test_panel_in_chromium", "test_kill", "test_build", "test_session", "test_live",
+        "test_imports", "test_gpu_check", "test_quant")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--seed", type=int, default=0, help="other random inputs for every test than those of 0")
+
+
+def pytest_configure(config):
+    """A machine that does much else fails no test, and 0, the seed, always tries the same."""
+    slow = [hypothesis.HealthCheck.too_slow]
+    hypothesis.settings.register_profile("house", deadline=None, suppress_health_check=slow,
+                                         derandomize=not config.getoption("seed"))
+    hypothesis.settings.load_profile("house")
+
+
+def pytest_collection_modifyitems(items):
+    place = {name: i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """The same random inputs whatever ran before: what fails once fails again."""
+    seed = item.config.getoption("seed")
+    random.seed(seed)
+    torch.manual_seed(seed)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _share_the_cores():
-    """pytest-xdist's workers side by side: each takes its share of the cores, or they slow each other down."""
-    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers))
+def _one_thread():
+    """For the tests and the programs that they start. Their models are tiny: more threads would mostly wait for each
+    other, on a machine that does much else many times as long as they work."""
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ class Hub(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Answer)
         self.files, self.cut, self.asked, self.lie, self.checksums = files, 0, [], "", True
         self.endpoint = f"http://127.0.0.1:{self.server_port}"
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
 
 class Answer(http.server.BaseHTTPRequestHandler):

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from playwright.sync_api import Page, sync_playwright
 
+SECONDS = 240     # for any one thing to happen, on a machine that does much else
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
              "--disable-component-update", "--disable-sync"]
 
@@ -57,8 +58,8 @@ def jupyter_lab(folder: Path, **environment: str) -> Iterator[str]:
             os.killpg(server.pid, signal.SIGKILL)
 
 
-def _until_it_answers(address: str, server: subprocess.Popen, log: Path, seconds: float = 90) -> None:
-    end = time.monotonic() + seconds
+def _until_it_answers(address: str, server: subprocess.Popen, log: Path) -> None:
+    end = time.monotonic() + SECONDS
     while time.monotonic() < end and server.poll() is None:
         with contextlib.suppress(OSError):
             urllib.request.urlopen(address, timeout=5).close()
@@ -73,7 +74,7 @@ def browser_page(width: int = 1280, height: int = 1100) -> Iterator[Page]:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium_path(), args=ARGUMENTS)
         page = browser.new_page(viewport={"width": width, "height": height})
-        page.set_default_timeout(90_000)
+        page.set_default_timeout(1000 * SECONDS)
         page.on("dialog", lambda dialog: dialog.accept())
         yield page
         browser.close()

@@ -76,11 +76,12 @@ def test_it_goes_on_where_it_stopped(source, tmp_path):
 
 
 def test_a_killed_process_loses_at_most_a_second(source, tmp_path):
-    script = ("import sys, time; from rwkv_nb.data.convert import jsonl_to_binidx; "
-              "from rwkv_nb.tokenizer import WorldTokenizer; "
-              "jsonl_to_binidx(sys.argv[1], sys.argv[2], WorldTokenizer(), lambda p: time.sleep(0.05), block=500)")
+    script = ("import os, sys, time; from rwkv_nb.data.convert import jsonl_to_binidx; "
+              "from rwkv_nb.tokenizer import WorldTokenizer; source, to, note = sys.argv[1:]; "
+              "rest = lambda progress: time.sleep(1000 if os.path.exists(note) else 0.05); "
+              "jsonl_to_binidx(source, to, WorldTokenizer(), rest, block=500)")
     note = tmp_path / ".out.bin.json"
-    process = subprocess.Popen([sys.executable, "-c", script, source, tmp_path / "out"])
+    process = subprocess.Popen([sys.executable, "-c", script, source, tmp_path / "out", note])
     while not note.exists() and process.poll() is None:
         time.sleep(0.02)
     process.kill()

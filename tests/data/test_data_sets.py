@@ -10,7 +10,6 @@ import threading
 
 import pytest
 
-pytest.importorskip("datasets")
 NAME, COMMIT = "somebody/some-set", "a" * 40
 ROWS = b"\n".join(json.dumps({"query": f"问 {i}", "response": f"{i}"}).encode() for i in range(9))
 
@@ -55,9 +54,10 @@ print(json.dumps([tokenizer.decode(document.tokens) for document in open_documen
 
 
 def test_the_mirror_is_asked(tmp_path):
+    pytest.importorskip("datasets")
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Mirror)
     server.asked = []
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     mirror = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", SCRIPT, NAME], check=True, env={**os.environ, **mirror},
                           stdout=subprocess.PIPE, text=True)

@@ -30,8 +30,7 @@ def seen(batches):
 @pytest.mark.parametrize("dataload", ["split", "pack", "pad", "only"])
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_an_epoch_holds_what_the_settings_say(tmp_path, dataload, ranks):
-    rng = random.Random()
-    texts = [[f"{name}{i}" + "x" * rng.randint(0, 2 * CTX if dataload == "split" else CTX - 6) for i in range(n)]
+    texts = [[f"{name}{i}" + "x" * random.randint(0, 2 * CTX if dataload == "split" else CTX - 6) for i in range(n)]
              for name, n in (("a", 20), ("b", 12))]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[0]))
     write_binidx(tmp_path / "b", [[*BYTE.encode(text), 0] for text in texts[1]])
@@ -53,7 +52,7 @@ def test_an_epoch_holds_what_the_settings_say(tmp_path, dataload, ranks):
         return Batches(open_split(data, BYTE)[0], ctx_len=CTX, micro_bsz=2, accumulate=1, seed=5, dataload=dataload,
                        rank=rank, world_size=ranks)
 
-    stop = rng.randint(0, batches(0).steps_per_epoch)
+    stop = random.randint(0, batches(0).steps_per_epoch)
     found = collections.Counter()
     for rank in range(ranks):
         first, second = batches(rank), batches(rank)

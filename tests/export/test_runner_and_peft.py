@@ -2,7 +2,6 @@
 
 import json
 
-import peft
 import pytest
 import torch
 
@@ -44,6 +43,8 @@ def test_what_runner_and_ai00_would_not_load_is_refused(tmp_path, shape, complai
 
 @torch.no_grad()
 def test_the_peft_library_loads_and_applies_it(lively_world, tmp_path, capsys):
+    import peft  # it takes seconds: only the process that needs it waits for it
+
     base, adapter = lively_world
     assert main(["export", "--to", "peft", "--input", str(adapter), "--output", str(tmp_path / "folder")]) == 0
     assert "from_pretrained" in capsys.readouterr().out

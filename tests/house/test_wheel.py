@@ -1,4 +1,5 @@
-"""The wheel alone is enough: in an environment of its own it builds the C++ kernel from the sources it carries."""
+"""The wheel alone is enough: in an environment of its own it builds the C++ kernel from the sources it carries, once
+for all processes that want it."""
 
 import os
 import shutil
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from rwkv_nb.wkv import build
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import sys, torch, rwkv_nb
@@ -16,6 +19,7 @@ from pathlib import Path
 from rwkv_nb.wkv import wkv7
 here = Path(rwkv_nb.__file__).parent
 assert here.is_relative_to(sys.prefix), here
+torch.manual_seed(0)
 inputs = [torch.randn(2, 17, 3, 64).requires_grad_() for _ in range(6)]
 results = []
 for op in ("cpu", "torch"):
@@ -27,11 +31,20 @@ print("built and right")
 """
 
 
-def run(*command, **variables):
+def start(*command, cwd, **variables):
     own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}   # it would lead to the checkout
-    done = subprocess.run(command, cwd=variables.pop("cwd"), env=own | variables, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return subprocess.Popen(command, cwd=cwd, env=own | variables, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE)
+
+
+def finish(process):
+    out, err = process.communicate()
+    assert process.returncode == 0, out + err
+    return out, err
+
+
+def run(*command, cwd):
+    return finish(start(*command, cwd=cwd))[0]
 
 
 def contents(folder):
@@ -61,11 +74,23 @@ def environment(tmp_path_factory):
     return new
 
 
-def test_the_wheel_builds_the_kernel_from_its_own_sources(environment, tmp_path):
+def test_two_processes_build_the_kernel_once_from_the_wheels_own_sources(environment, tmp_path):
+    """Before they start the cache holds what a killed build leaves behind: half a library, and the lock file on which
+    torch would wait for ever."""
     shipped, = environment.glob("lib/*/site-packages/rwkv_nb/cuda")
     assert contents(shipped) == contents(ROOT / "cuda")
-    empty = {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    assert "built and right" in run(environment / "bin/python", "-c", SCRIPT, cwd=tmp_path, **empty)
+    cache, library = tmp_path / "cache", build.library_name() + ".so"
+    left = cache / "rwkv_nb" / (build.library_name() + ".build")
+    left.mkdir(parents=True)
+    (left / "lock").touch()
+    (left / "rwkv_nb_cpu.so").write_bytes(b"half")
+    empty = {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(cache)}
+    both = [start(environment / "bin/python", "-c", SCRIPT, cwd=tmp_path, **empty) for _ in range(2)]
+    said = [finish(process) for process in both]
+    assert [out.strip() for out, _ in said] == ["built and right"] * 2
+    assert sum(err.count("compiling the C++ WKV kernels") for _, err in said) == 1
+    assert [path.name for path in cache.rglob("*.so")] == [library]
+    assert not list(cache.rglob("*.build"))
 
 
 def test_the_command_is_there(environment, tmp_path):

@@ -4,7 +4,6 @@ import json
 import random
 import re
 
-import peft
 import pytest
 import torch
 from lora_files import LORA, make_adapter, make_base
@@ -87,6 +86,8 @@ def test_alpha_is_required_where_the_file_lacks_it_and_only_there(lively, tmp_pa
 @pytest.mark.parametrize("form", ["saved by peft", "rank-stabilised", "one .pth"])
 def test_the_hugging_face_form(lively, tmp_path, tokens, form):
     """An adapter that the peft library made and applies itself; RWKV-PEFT's newer form is this one."""
+    import peft  # it takes seconds: only the process that needs it waits for it
+
     model = peft.get_peft_model(load_model(lively), peft.LoraConfig(
         r=4, lora_alpha=10, target_modules=list(TARGETS[:4]), init_lora_weights=False,
         use_rslora=form == "rank-stabilised"))

@@ -2,7 +2,6 @@
 
 import copy
 
-import peft
 import pytest
 import torch
 import torch.nn.functional as F
@@ -54,6 +53,8 @@ def gradients(net, x, dy):
 
 
 def test_forward_gradients_and_a_step_equal_peft():
+    import peft  # it takes seconds: only the process that needs it waits for it
+
     ours = Net()
     theirs = peft.get_peft_model(copy.deepcopy(ours), peft.LoraConfig(
         r=5, lora_alpha=15, lora_dropout=0.0, target_modules=["att.key", "ffn.value"], init_lora_weights=False))

@@ -22,8 +22,7 @@ PROMPT = "User: red\n\nAssistant:"
 
 
 @pytest.fixture
-def two(settings, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def two(settings):
     return replace(settings, devices=2, accelerator="cpu", micro_bsz=1, accumulate_grad_batches=2, lora_dropout=0.0,
                    lr_init=3e-3, epoch_count=2, grad_clip=0.5)
 

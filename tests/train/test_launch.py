@@ -15,12 +15,9 @@ from rwkv_nb.runs import Run
 from rwkv_nb.train.launch import LaunchedSession, session_for, torchrun
 from rwkv_nb.train.session import TrainSession
 
-pytestmark = pytest.mark.xdist_group("processes")
-
 
 @pytest.fixture
-def two(settings, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def two(settings):
     return replace(settings, devices=2, accelerator="cpu", micro_bsz=2, lora_dropout=0.0, lr_init=3e-3)
 
 
@@ -31,7 +28,7 @@ def test_two_processes_equal_one_are_steered_and_go_on_as_one(tmp_path, two):
     assert isinstance(session, LaunchedSession) and session.snapshot().status == "ready"
     session.start()
     session.pause()
-    until(lambda: session.snapshot().status == "paused", 120)
+    until(lambda: session.snapshot().status == "paused")
     held = session.snapshot().step
     session.change(lr_init=1e-3)
     session.save_now()
@@ -77,7 +74,7 @@ def test_a_run_at_work_in_this_process_is_followed(tmp_path, settings):
 def test_a_process_that_dies_ends_the_run_and_the_checkpoint_goes_on(tmp_path, two):
     long = replace(two, epoch_count=200, epoch_save=200, checkpoint_seconds=0)
     session = session_for(tmp_path, long).start()
-    until(lambda: session.snapshot().step >= 3, 120)
+    until(lambda: session.snapshot().step >= 3)
     workers = [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and is_worker(pid, tmp_path)]
     assert len(workers) == 2
     os.kill(max(workers), signal.SIGKILL)
@@ -103,7 +100,7 @@ def test_two_machines_learn_as_one_and_end_together(tmp_path, two):
     first, second = (session_for(tmp_path / str(node), replace(both, node_rank=node)) for node in (0, 1))
     second.start()
     first.start()
-    until(lambda: first.snapshot().step >= 3 or first.snapshot().done, 120)
+    until(lambda: first.snapshot().step >= 3 or first.snapshot().done)
     first.change(lr_init=1e-3)
     held = first.snapshot().step
     until(lambda: any(row.get("event") == "change" for row in first.snapshot().rows) or first.snapshot().done)

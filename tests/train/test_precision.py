@@ -64,7 +64,7 @@ def test_a_quantised_base_learns_the_same(tmp_path):
 
 def test_a_quantised_base_begins_to_learn_the_same(tmp_path):
     settings = replace(Settings(), load_model=str(BASE), data_file=str(SAMPLES / "quickstart_train.jsonl"), ctx_len=96,
-                       micro_bsz=8, epoch_steps=25, lr_init=2e-3, merge=0)
+                       micro_bsz=4, epoch_steps=25, lr_init=2e-3, merge=0)
     last = {}
     for quant in ("none", "int8", "nf4"):
         end = train(tmp_path / quant, replace(settings, quant=quant))

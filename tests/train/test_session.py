@@ -66,7 +66,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, settings):
 
 
 def test_bf16_learns_too(tmp_path, settings):
-    fast = replace(settings, epoch_count=12, lr_init=3e-3)
+    fast = replace(settings, epoch_count=6, lr_init=3e-3)
     fp32, bf16 = (steps(train(tmp_path / p, replace(fast, precision=p)).rows) for p in ("fp32", "bf16"))
     assert bf16[-1]["loss"] == pytest.approx(fp32[-1]["loss"], rel=0.05)
 

@@ -17,7 +17,7 @@ def steps(rows):
     return [{k: v for k, v in row.items() if k not in TIMING} for row in rows if "loss" in row]
 
 
-def until(condition, seconds=60):
+def until(condition, seconds=240):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited too long"

@@ -1,13 +1,11 @@
-"""Compiling and caching, each in a process of its own with a cache folder of its own."""
+"""Where nothing can be compiled or kept, each in a process of its own. Compiling itself is in house/test_wheel.py."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-from rwkv_nb.wkv import build, compiler_info
+from rwkv_nb.wkv import build, compiler_info, pick_op
 
 CHECK = """
 import warnings
@@ -21,48 +19,23 @@ for row in self_test(["cpu"]): print("self-test:", row.ok, row.note)
 """
 
 
-def start(cache, **env):
-    """CHECK in a fresh process."""
-    env = {**os.environ, "XDG_CACHE_HOME": str(cache), **env}
-    return subprocess.Popen([sys.executable, "-c", CHECK], env=env, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, cwd=Path(build.__file__).parents[2])
+def check(**env):
+    """CHECK in a fresh process; what it printed."""
+    done = subprocess.run([sys.executable, "-c", CHECK], env=os.environ | env, text=True, capture_output=True,
+                          cwd=Path(build.__file__).parents[2])
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr
 
 
-def finish(process):
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    return out, err
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """A cache folder in which two processes have compiled at once, and what they said. Before they start it holds
-    what a killed build leaves behind: half a library, and the lock file on which torch would wait for ever."""
-    cache = tmp_path_factory.mktemp("cache")
-    left = cache / "rwkv_nb" / (build.library_name() + ".build")
-    left.mkdir(parents=True)
-    (left / "lock").touch()
-    (left / "rwkv_nb_cpu.so").write_bytes(b"half")
-    return cache, [finish(p) for p in (start(cache), start(cache))]
-
-
-def test_two_processes_compile_once(built):
-    cache, said = built
-    for out, _ in said:
-        assert "auto: cpu cpu warnings: 0" in out and "self-test: True" in out
-    assert sum(err.count("compiling the C++ WKV kernels") for _, err in said) == 1
-    assert [p.name for p in cache.rglob("*.so")] == [build.library_name() + ".so"]
-    assert not list(cache.rglob("*.build"))
-
-
-def test_a_built_library_needs_no_compiler(built, tmp_path):
-    out, err = finish(start(built[0], PATH=str(tmp_path)))
+def test_a_built_library_needs_no_compiler(tmp_path):
+    pick_op("cpu", "cpu")
+    out, err = check(PATH=str(tmp_path))
     assert "auto: cpu cpu warnings: 0" in out and "self-test: True" in out
     assert "compiling" not in err
 
 
 def test_no_compiler_is_a_warning_and_the_chunked_form(tmp_path):
-    out, _ = finish(start(tmp_path, PATH=str(tmp_path)))
+    out, _ = check(XDG_CACHE_HOME=str(tmp_path), PATH=str(tmp_path))
     assert "auto: chunked chunked warnings: 1" in out
     assert 'WKV runs without op "cpu"' in out and "no C++ compiler was found" in out and "apt install g++" in out
     assert "self-test: False no C++ compiler was found" in out
@@ -72,14 +45,14 @@ def test_a_compiler_that_fails_is_quoted(tmp_path):
     broken = tmp_path / "c++"
     broken.write_text("#!/bin/sh\necho this compiler is broken\nexit 1\n")
     broken.chmod(0o755)
-    out, _ = finish(start(tmp_path, CXX=str(broken)))
+    out, _ = check(XDG_CACHE_HOME=str(tmp_path), CXX=str(broken))
     assert "auto: chunked chunked warnings: 1" in out
     assert "did not compile" in out and "this compiler is broken" in out and "→ install a C++ compiler" in out
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "rwkv_nb").write_text("a file where the folder should be")
-    out, _ = finish(start(tmp_path))
+    out, _ = check(XDG_CACHE_HOME=str(tmp_path))
     assert "auto: chunked chunked warnings: 1" in out and str(tmp_path / "rwkv_nb") in out
 
 

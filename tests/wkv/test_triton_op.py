@@ -36,7 +36,6 @@ def interpreted():
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.xdist_group("triton")
 @pytest.mark.parametrize("i", range(len(CASES)), ids=["-".join(f"{k}={v}" for k, v in c.items()) for c in CASES])
 def test_in_the_interpreter_against_float64(interpreted, i):
     cut = CASES[i].get("odd") or CASES[i].get("dtype") == "bfloat16"  # the interpreter cuts to bf16, a GPU rounds
