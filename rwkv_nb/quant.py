@@ -168,8 +168,9 @@ class _FrozenProduct(torch.autograd.Function):
         if need_x:
             W, factor = _dense(ctx.held or W), 2 if ctx.squared else 1
             dx = _scaled_product(dy, W, factor) if dx is None else dx.addmm_(dy, W, beta=factor, alpha=factor)
-            del W
-            dx = (dx.mul_(torch.relu(kept)) if ctx.squared else dx).view(ctx.shape)
+            if ctx.squared:  # times 2 max(x, 0), without a tensor for it: relu's own backward, then times x
+                torch.ops.aten.threshold_backward.grad_input(dx, kept, 0, grad_input=dx).mul_(kept)
+            dx = dx.view(ctx.shape)
         return dx, None, None, dA, dB, None, None, None
 
 
