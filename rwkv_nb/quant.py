@@ -126,29 +126,32 @@ def frozen_product(x: Tensor, W: Tensor | Held, bias: Tensor | None = None, A: T
 
 class _FrozenProduct(torch.autograd.Function):
     """Both paths in one node: the narrow path is added into the wide product in place, both ways, and backward keeps
-    dropout(x), or x alone where it is squared, and the [M,R] middle. Autograd's own graph would write and read each
-    [M,out] tensor once more, and keep a dense copy of a held matrix; here that is made once more in backward."""
+    dropout(x), or x where that is squared, the few places that were hit (on a CPU), and the [M,R] middle. Autograd's
+    own graph would write and read each [M,out] tensor once more, and keep a dense copy of a held matrix; here that is
+    made once more in backward."""
 
     @staticmethod
     def forward(ctx, x, W, bias, A, B, scale, dropout, squared):
         rows = x.reshape(-1, x.shape[-1])                           # [M,in]
         inputs = _squared(rows) if squared else rows
-        y, middle = F.linear(inputs, _dense(W), bias), None
+        y, middle, hits = F.linear(inputs, _dense(W), bias), None, None
         if A is not None:
-            inputs = dropout.of(inputs, inputs if squared else None) if dropout else inputs
+            if dropout:
+                hits = dropout.draw(inputs)
+                inputs = dropout.of(inputs, hits, inputs if squared else None)
             A_, B_ = _cast(x.dtype, A, B)
             middle = _scaled_product(inputs, A_.t(), scale)         # [M,R]
             y.addmm_(middle, B_.t())
         kept = rows if squared else inputs if A is not None else None
         ctx.held = W if isinstance(W, Held) else None
-        ctx.save_for_backward(kept, middle, None if ctx.held else W, A, B)
+        ctx.save_for_backward(kept, hits, middle, None if ctx.held else W, A, B)
         ctx.scale, ctx.dropout, ctx.squared, ctx.shape = scale, dropout, squared, x.shape
         return y if x.dim() == 2 else y.view(*x.shape[:-1], -1)     # logits change in place, which a view could not
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        kept, middle, W, A, B = ctx.saved_tensors
+        kept, hits, middle, W, A, B = ctx.saved_tensors
         need_x, _, _, need_A, need_B = ctx.needs_input_grad[:5]
         dy = dy.reshape(-1, dy.shape[-1])                           # [M,out]
         dx = dA = dB = None
@@ -156,16 +159,18 @@ class _FrozenProduct(torch.autograd.Function):
             A_, B_ = _cast(dy.dtype, A, B)
             d_middle = _scaled_product(dy, B_, ctx.scale)           # [M,R]
             if need_A:
-                dA = _product(d_middle.t(), _inputs_again(kept, ctx), A.dtype)
+                dA = _product(d_middle.t(), _inputs_again(kept, hits, ctx), A.dtype)
             if need_B:
                 dB = _product(dy.t(), middle, B.dtype)
             if need_x:
                 dx = d_middle @ A_
-                dx = ctx.dropout.of(dx, dx) if ctx.dropout else dx
+                dx = ctx.dropout.of(dx, hits, dx) if ctx.dropout else dx
         if need_x:
-            W = _dense(ctx.held or W)
-            dx = dy @ W if dx is None else dx.addmm_(dy, W)
-            dx = (dx.mul_(torch.relu(kept)).mul_(2) if ctx.squared else dx).view(ctx.shape)
+            W, factor = _dense(ctx.held or W), 2 if ctx.squared else 1
+            dx = _scaled_product(dy, W, factor) if dx is None else dx.addmm_(dy, W, beta=factor, alpha=factor)
+            if ctx.squared:  # times 2 max(x, 0), without a tensor for it: relu's own backward, then times x
+                torch.ops.aten.threshold_backward.grad_input(dx, kept, 0, grad_input=dx).mul_(kept)
+            dx = dx.view(ctx.shape)
         return dx, None, None, dA, dB, None, None, None
 
 
@@ -177,12 +182,12 @@ def _squared(x: Tensor) -> Tensor:
     return torch.relu(x).square_()
 
 
-def _inputs_again(kept: Tensor, ctx) -> Tensor:
+def _inputs_again(kept: Tensor, hits: Tensor | None, ctx) -> Tensor:
     """What A was multiplied with in forward."""
     if not ctx.squared:
         return kept
     inputs = _squared(kept)
-    return ctx.dropout.of(inputs, inputs) if ctx.dropout else inputs
+    return ctx.dropout.of(inputs, hits, inputs) if ctx.dropout else inputs
 
 
 def _scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:

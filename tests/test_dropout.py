@@ -3,13 +3,18 @@
 import pytest
 import torch
 
-from rwkv_nb.dropout import Dropout, by_mask, by_places
-
-WAYS = [by_mask, by_places]   # a GPU's and a CPU's; both run on either
+from rwkv_nb.dropout import Dropout
 
 
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
+def of_a_gpu(x, dropout, out=None):
+    return dropout.of(x, None, out)
+
+
+def of_a_cpu(x, dropout, out=None):
+    return dropout.of(x, dropout.draw(x), out)
+
+
+WAYS = [of_a_gpu, of_a_cpu]   # both run on a CPU
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -18,7 +23,7 @@ def test_every_element_is_hit_equally_often(way, p):
     x, rounds = torch.arange(1.0, 25).view(3, 8), 4000
     kept = torch.zeros(3, 8)
     for seed in range(rounds):
-        y = way(x, None, p, seeded(seed))
+        y = way(x, Dropout(p, seed))
         assert torch.equal(y, torch.where(y == 0, y, x))
         kept += y != 0
     six_sigma = 6 * (p * (1 - p) / rounds) ** 0.5
@@ -28,7 +33,7 @@ def test_every_element_is_hit_equally_often(way, p):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_neighbours_are_independent(way):
-    hit = way(torch.ones(500, 64), None, 0.5, seeded(0)).flatten() == 0
+    hit = way(torch.ones(500, 64), Dropout(0.5, 0)).flatten() == 0
     assert abs((hit[1:] & hit[:-1]).float().mean() - 0.25) < 6 * (0.25 * 0.75 / hit.numel()) ** 0.5
 
 
@@ -37,13 +42,14 @@ def test_neighbours_are_independent(way):
 def test_in_place_or_not_the_mask_is_the_same(way, dtype):
     x = torch.randn(7, 33).to(dtype)
     before = x.clone()
-    y = way(x, None, 0.3, seeded(3))
+    y = way(x, Dropout(0.3, 3))
     assert torch.equal(x, before) and not torch.equal(y, x) and y.dtype == dtype
-    assert way(x, x, 0.3, seeded(3)) is x and torch.equal(x, y)
+    assert way(x, Dropout(0.3, 3), x) is x and torch.equal(x, y)
 
 
-def test_a_mask_follows_from_its_seed_alone():
+@pytest.mark.parametrize("way", WAYS)
+def test_a_mask_follows_from_its_seed_alone(way):
     x = torch.randn(9, 24)
-    first = Dropout(0.5, 1).of(x)
+    first = way(x, Dropout(0.5, 1))
     torch.manual_seed(5)
-    assert torch.equal(Dropout(0.5, 1).of(x), first) and not torch.equal(Dropout(0.5, 2).of(x), first)
+    assert torch.equal(way(x, Dropout(0.5, 1)), first) and not torch.equal(way(x, Dropout(0.5, 2)), first)

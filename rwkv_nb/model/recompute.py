@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import get_gradient_edge
 
 
 def recomputed(block: nn.Module, *inputs, op: str) -> tuple[Tensor | None, ...]:
@@ -34,6 +35,9 @@ class _Recomputed(torch.autograd.Function):
                   for x, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[3:], strict=True)]
         with torch.enable_grad():
             outputs = ctx.block(*inputs, ctx.op)
-        wanted = [(y, dy) for y, dy in zip(outputs, grads, strict=True) if dy is not None and y.requires_grad]
-        torch.autograd.backward(*zip(*wanted, strict=True))
+        # Where the gradients start: the outputs themselves, and what they are views of, need not live through it.
+        starts = [(get_gradient_edge(y), dy) for y, dy in zip(outputs, grads, strict=True)
+                  if dy is not None and y.requires_grad]
+        del outputs
+        torch.autograd.backward(*zip(*starts, strict=True))
         return None, None, None, *(x if x is None else x.grad for x in inputs)
