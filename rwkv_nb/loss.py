@@ -15,26 +15,29 @@ from torch import Tensor, nn
 
 from .model.parts import Linear
 from .quant import QuantLinear
+from .wkv.kernels import on_gpu
 
 MAX_LOGIT = 1e-4
 CHUNK = 128        # tokens whose logits are made at once
+GPU_CHUNK = 512    # with the GPU's kernel, which makes no copy in fp32: a head is read less often
 SLICE = 2**19  # logits that a CPU works on at once: 2 MB in fp32
 
 
 def head_loss(hidden: Tensor, head: nn.Module, targets: Tensor, mask: Tensor, n_trained: int,
-              *, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
+              *, chunk: int | None = None) -> tuple[Tensor, Tensor]:
     """This micro-batch's share of the step's loss.
 
     hidden [B,T,C], head: C → V, targets int64 [B,T], mask bool [B,T] (which targets are trained; where it lies on
     the CPU, no GPU is waited for), n_trained: N of the whole step. Returns (loss, Σ cross-entropy), fp32 scalars; the
     second carries no gradient.
-    Logits are made for `chunk` trained tokens at a time, and the gradient for `hidden` in the same pass.
-    No trained token gives 0.
+    Logits are made for `chunk` trained tokens at a time (None: as suits the device), and the gradient for `hidden` in
+    the same pass. No trained token gives 0.
     """
+    chunk = chunk or (GPU_CHUNK if on_gpu(hidden) else CHUNK)
     parameters = [p for p in head.parameters() if p.requires_grad]
     rows = mask.flatten().nonzero()[:, 0].to(hidden.device, non_blocking=True)
-    return _HeadLoss.apply(hidden.flatten(0, 1)[rows], head, targets.flatten()[rows], max(n_trained, 1), chunk,
-                           *parameters)
+    hidden, targets = hidden.flatten(0, 1).index_select(0, rows), targets.flatten().index_select(0, rows)
+    return _HeadLoss.apply(hidden, head, targets, max(n_trained, 1), chunk, *parameters)
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -90,7 +93,10 @@ def _loss_and_gradient(logits: Tensor, targets: Tensor, with_gradient: bool) -> 
     """logits [M,V], targets [M] → (Σ ce, Σ max²), fp32 [2]. logits become N · d loss / d logits, in place.
 
     A CPU takes a few rows at a time, which stay in its caches from one pass to the next; fp32 copies are that small.
+    On a GPU one kernel does it (cuda/loss_gpu.cu), where it is loaded.
     """
+    if on_gpu(logits) and logits.shape[1] % 4 == 0:
+        return torch.ops.rwkv_nb.loss(logits, targets, MAX_LOGIT, with_gradient).sum(0)
     rows = SLICE // logits.shape[1] if logits.device.type == "cpu" else len(logits)
     sums = torch.zeros(2, device=logits.device)
     for part, t in zip(logits.split(max(rows, 1)), targets[:, None].split(max(rows, 1)), strict=True):

@@ -22,7 +22,7 @@ SAVE = 16       # steps between two states that the GPU kernels keep for backwar
 CUDA_HEAD = 64  # channels of a head that the GPU kernels take
 
 _lock = threading.Lock()
-_pointwise: set[str] = set()  # types of device whose pointwise kernels are loaded
+_loaded: set[str] = set()  # types of device whose pointwise kernels and loss are loaded
 
 
 def run(name, *inputs):
@@ -74,12 +74,11 @@ def _load_once() -> None:
 def _load_cuda_once() -> None:
     load_cuda_kernels()
     try_out(functools.partial(run_cuda, "wkv7"))
-    register_pointwise()
+    register_gpu_operators()
 
 
-def register_pointwise() -> None:
-    """Tell torch.compile the shapes of the pointwise operators, which are the GPU's alone; from here on `on_gpu` may
-    say yes."""
+def register_gpu_operators() -> None:
+    """Tell torch.compile the shapes of the operators that are the GPU's alone: of the pointwise steps and the loss."""
     def like(x):
         return x.new_empty(x.shape)
 
@@ -94,16 +93,17 @@ def register_pointwise() -> None:
             "prepare_backward": lambda inputs, mix, v_first, grads: [
                 like(inputs[2]) for _ in range(4 if mix is None else 6)],
             "finish": lambda inputs, rkv, eps: like(inputs[1]),
-            "finish_backward": lambda inputs, rkv, eps, d_out: [*map(like, inputs[:2]), *map(like, rkv[:3])]}.items():
+            "finish_backward": lambda inputs, rkv, eps, d_out: [*map(like, inputs[:2]), *map(like, rkv[:3])],
+            "loss": lambda logits, *_: logits.new_empty(len(logits), 2, dtype=torch.float32)}.items():
         torch.library.register_fake(f"rwkv_nb::{name}", fake)
-    _pointwise.add("cuda")
+    _loaded.add("cuda")
 
 
 def on_gpu(*tensors) -> bool:
     """Whether the GPU's kernels are loaded and take these tensors, None left out: all on a GPU, of one dtype."""
     there = [x for x in tensors if x is not None]
     kinds = {(x.device.type, x.dtype) for x in there}
-    return len(kinds) == 1 and there[0].device.type in _pointwise and there[0].dtype != torch.float64
+    return len(kinds) == 1 and there[0].device.type in _loaded and there[0].dtype != torch.float64
 
 
 def _fake(name, r, *others):

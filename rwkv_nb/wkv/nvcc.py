@@ -17,7 +17,8 @@ import torch
 from ..errors import KernelError
 from .build import compile_cpp, digest, load_library, read_sources, remembered, source_folder
 
-KERNELS, OPERATORS = ("wkv_gpu.cu", "pointwise_gpu.cu"), ("wkv_cuda.cpp", "pointwise_cuda.cpp")
+KERNELS = ("wkv_gpu.cu", "pointwise_gpu.cu", "loss_gpu.cu")
+OPERATORS = ("wkv_cuda.cpp", "pointwise_cuda.cpp", "loss_cuda.cpp")
 FLAGS = ("-O3", "-std=c++17", "-Xcompiler", "-fPIC")
 INSTALL = ("install a CUDA compiler and start the notebook's kernel again (pip install 'rwkv_nb[cuda]' · conda install "
            "-c conda-forge cuda-nvcc · your system's CUDA toolkit), or use op \"triton\", which needs none")

@@ -16,15 +16,17 @@ def run(*command):
     return done.stdout
 
 
-def compile_on_host(folder, operators, kernels, sources=CUDA):
-    """Path of the library made in `folder` of two of the sources' files; operators compiled there before are kept."""
+def compile_on_host(folder, *names, sources=CUDA):
+    """Path of the library made in `folder` of NAME_cuda.cpp and NAME_gpu.cu for each name; what was compiled of the
+    first kind there before is kept."""
     includes = [f"-I{path}" for path in (Path(__file__).parent, sources, *include_paths())]
     flags = ["-std=c++20", "-O1", "-fPIC", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE", "-DWKV_ON_HOST", *includes]
-    registers, compiled = folder / f"{operators}.o", folder / f"{sources.name}-{kernels}.o"
-    if not registers.exists():
-        run("c++", *flags, "-c", sources / operators, "-o", registers)
-    run("c++", *flags, "-x", "c++", "-c", sources / kernels, "-o", compiled)
-    library = folder / f"{sources.name}-{kernels}.so"
-    libraries = [f"-L{path}" for path in library_paths()]
-    run("c++", "-shared", "-o", library, registers, compiled, *libraries, "-ltorch_cpu", "-lc10")
+    objects = []
+    for name in names:
+        objects += [folder / f"{name}_cuda.o", folder / f"{sources.name}-{name}_gpu.o"]
+        if not objects[-2].exists():
+            run("c++", *flags, "-c", sources / f"{name}_cuda.cpp", "-o", objects[-2])
+        run("c++", *flags, "-x", "c++", "-c", sources / f"{name}_gpu.cu", "-o", objects[-1])
+    library = folder / f"{sources.name}-{'-'.join(names)}.so"
+    run("c++", "-shared", "-o", library, *objects, *(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-lc10")
     return library

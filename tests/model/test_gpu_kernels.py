@@ -1,4 +1,4 @@
-"""The GPU's pointwise kernels without a GPU: their own source on the CPU against the formulas in float64.
+"""The GPU's kernels beside WKV, without a GPU: their own source on the CPU against the formulas in float64.
 
 What no machine without a GPU can show is in tests/gpu/.
 """
@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rwkv_nb.config import LoraSettings
 from rwkv_nb.lora.layers import adapter_parameters, attach
+from rwkv_nb.loss import MAX_LOGIT, head_loss
 from rwkv_nb.model import State
 from rwkv_nb.wkv import kernels
 
@@ -25,9 +26,8 @@ DTYPES = {torch.float32: 5e-7, torch.bfloat16: 3e-3, torch.float16: 4e-4}  # wit
 
 @pytest.fixture(scope="module", autouse=True)
 def operators(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pointwise")
-    torch.ops.load_library(compile_on_host(folder, "pointwise_cuda.cpp", "pointwise_gpu.cu"))
-    kernels.register_pointwise()
+    torch.ops.load_library(compile_on_host(tmp_path_factory.mktemp("kernels"), "pointwise", "loss"))
+    kernels.register_gpu_operators()
 
 
 @pytest.fixture(autouse=True)
@@ -158,7 +158,7 @@ def test_a_whole_model_is_the_same_with_them(lively, version, rows, grad_cp, mon
 
     (exact, _), (plain, names) = outcome(torch.float64), outcome()
     assert not {"shift", "finish"} & names
-    monkeypatch.setattr(kernels, "_pointwise", {"cpu"})
+    monkeypatch.setattr(kernels, "_loaded", {"cpu"})
     fused, names = outcome()
     there = ("shift", "finish", "prepare") if version == "x070" else ("shift", "finish")
     assert {*there, *(f"{name}_backward" for name in there)} <= names
@@ -167,7 +167,7 @@ def test_a_whole_model_is_the_same_with_them(lively, version, rows, grad_cp, mon
 
 
 def test_what_is_learnt_beside_the_adapter_is_computed_without_them(lively, monkeypatch):
-    monkeypatch.setattr(kernels, "_pointwise", {"cpu"})
+    monkeypatch.setattr(kernels, "_loaded", {"cpu"})
     model = lively()
     with Called() as called:
         model.hidden(torch.randint(model.shape.vocab_size, (1, 5)))[0].sum().backward()
@@ -178,7 +178,7 @@ def test_what_is_learnt_beside_the_adapter_is_computed_without_them(lively, monk
 @pytest.mark.parametrize("version", ["x070", "x060"])
 def test_torch_compile_is_told_their_shapes(lively, version, monkeypatch):
     """Without numbers, as torch.compile traces."""
-    monkeypatch.setattr(kernels, "_pointwise", {"cpu"})
+    monkeypatch.setattr(kernels, "_loaded", {"cpu"})
     model = lively(version)
     attach(model, LoraSettings(r=4), seed=0)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -186,3 +186,43 @@ def test_torch_compile_is_told_their_shapes(lively, version, monkeypatch):
         grads = torch.autograd.grad(hidden.sum(), list(adapter_parameters(model)))
     assert hidden.shape == (2, 9, model.shape.n_embd)
     assert [grad.shape for grad in grads] == [p.shape for p in adapter_parameters(model)]
+
+
+@pytest.mark.parametrize("dtype, far", [(torch.float32, 1e-6), (torch.bfloat16, 3e-3), (torch.float16, 4e-4)])
+@pytest.mark.parametrize("M, V", [(1, 4), (3, 260), (2, 4096), (2, 8196)])  # fewer logits than threads, and more
+def test_loss(M, V, dtype, far):
+    logits, targets = (6 * torch.randn(M, V)).to(dtype), torch.randint(V, (M,))
+    z = logits.double().requires_grad_()
+    ce = torch.nn.functional.cross_entropy(z, targets, reduction="none")
+    squares = z.max(1).values.square()
+    gradient, = torch.autograd.grad((ce + MAX_LOGIT / 2 * squares).sum(), z)
+    before = logits.clone()
+    for wanted in (False, True):
+        sums = torch.ops.rwkv_nb.loss(logits, targets, MAX_LOGIT, wanted)
+        torch.testing.assert_close(sums.double(), torch.stack([ce, squares], 1).detach(), rtol=1e-5, atol=1e-5)
+        assert wanted or torch.equal(logits, before)
+    assert (logits.double() - gradient).norm() <= far * gradient.norm()
+
+
+def test_a_loss_that_is_not_a_number_is_not_hidden():
+    logits = torch.randn(2, 64)
+    logits[1, 7] = torch.nan
+    sums = torch.ops.rwkv_nb.loss(logits, torch.tensor([3, 3]), MAX_LOGIT, True)
+    assert sums[0].isfinite().all() and not sums[1, 0].isfinite() and logits[1].isnan().all()
+
+
+@pytest.mark.parametrize("learnt", [False, True], ids=["frozen-head", "learnt-head"])
+def test_the_whole_loss_is_the_same_with_it(learnt, monkeypatch):
+    """As if the CPU were a GPU."""
+    hidden, targets, mask = torch.randn(2, 19, 24), torch.randint(64, (2, 19)), torch.rand(2, 19) < 0.7
+    head = torch.nn.Linear(24, 64, bias=False).requires_grad_(learnt)
+
+    def outcome():
+        x = hidden.clone().requires_grad_()
+        loss, ce = head_loss(x, head, targets, mask, 20, chunk=7)
+        return loss, ce, *torch.autograd.grad(loss, [x, *(p for p in head.parameters() if learnt)])
+
+    plain = outcome()
+    monkeypatch.setattr(kernels, "_loaded", {"cpu"})
+    for got, expected in zip(outcome(), plain, strict=True):
+        assert (got - expected).norm() <= 3e-6 * expected.norm()
