@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten
 from . import config
 from .config import LiveSettings, LoraSettings, Settings, TrainSettings
 from .lora.layers import adapter_parameters, attach, set_dropout_step
-from .loss import CHUNK, SLICE
+from .loss import CHUNK, GPU_CHUNK, SLICE
 from .model import DTYPES, RWKV, Shape, State
 from .quant import HEAD_ROWS, Held, QuantLinear
 from .wkv import pick_op
@@ -177,10 +177,11 @@ def _step(shape: Shape, lora: LoraSettings, T: int, gpu: bool, t: TrainSettings)
         ends = [(hidden, torch.empty_like(hidden)), *zip(kept or (), after or (), strict=True)]
         torch.autograd.backward(*zip(*(end for end in ends if end[0].requires_grad), strict=True))
         backward = live.peak - before
-    if gpu and op == "cpu":  # the GPU's kernels keep states too, for as long as a block keeps anything
-        states = -(-T // SAVE) * B * C * shape.head_size * 4
-        forward += states * shape.n_layer * (t.grad_cp != "block")
-        backward += states * (1 if t.grad_cp == "block" else shape.n_layer)
+    if gpu and op == "cpu":  # for as long as a block keeps anything, the GPU's kernels keep states, and their gated
+        states = -(-T // SAVE) * B * C * shape.head_size * 4                # norm one tensor less than PyTorch's
+        kept = states - B * T * C * dtype.itemsize
+        forward += kept * shape.n_layer * (t.grad_cp != "block")
+        backward += kept * (1 if t.grad_cp == "block" else shape.n_layer)
         backward += B * T * C * 4 * (shape.generation == 7)  # wkv7's backward has one tensor for itself
     return {"weights": weights, "lora": trained, "forward": forward, "backward": backward}
 
@@ -203,10 +204,11 @@ class _Sizes(Held):
 
 
 def _loss_bytes(shape: Shape, T: int, t: TrainSettings, gpu: bool) -> int:
-    """What head_loss needs beside the hidden states: their copy and gradient, logits of some rows, fp32 copies."""
+    """What head_loss needs beside the hidden states: their copy and gradient, logits of some rows, and on a CPU fp32
+    copies of fewer."""
     V, C, itemsize = shape.vocab_size, shape.n_embd, DTYPES[t.precision].itemsize
     tokens = t.micro_bsz * T
-    rows = min(CHUNK, tokens)
-    fp32 = (rows if gpu else min(max(SLICE // V, 1), rows)) * V * (4 if itemsize == 4 else 8)
+    rows = min(GPU_CHUNK if gpu else CHUNK, tokens)
+    fp32 = 0 if gpu else min(max(SLICE // V, 1), rows) * V * (4 if itemsize == 4 else 8)
     head = min(HEAD_ROWS, V) * C * itemsize if t.quant_head else 0
     return 2 * tokens * C * itemsize + rows * V * itemsize + max(fp32, head)

@@ -31,7 +31,7 @@ def backward_by_chunks(model, batch: Batch, n_trained: int, chunk: int, *, trunc
     def learn(i: int, state: State | None, d_after: list[Tensor] | None) -> State:
         nonlocal ce
         before_chunk(i)
-        inputs, targets, mask = chunks[i][0].to(device), chunks[i][1].to(device), chunks[i][2]
+        inputs, targets, mask = chunks[i][0], chunks[i][1].to(device), chunks[i][2]
         hidden, after = model.hidden(inputs, state, **how)
         loss, sum_ce = head_loss(hidden, model.head, targets, mask, n_trained)
         torch.autograd.backward([loss * scale, *(after if d_after else ())], [None, *(d_after or ())])
@@ -48,7 +48,7 @@ def backward_by_chunks(model, batch: Batch, n_trained: int, chunk: int, *, trunc
         state = None
         for i in range(len(chunks) - 1):
             before_chunk(i)
-            _, state = model.hidden(chunks[i][0].to(device), state, **how)
+            _, state = model.hidden(chunks[i][0], state, **how)
             borders.append(State(*(part.cpu() for part in state)))
     for i in reversed(range(len(chunks))):
         state = State(*(part.to(device).requires_grad_() for part in borders.pop())) if i else None

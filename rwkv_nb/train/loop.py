@@ -117,7 +117,8 @@ class Trainer:
         check_shape(t, self.model.shape)
         self.base = fingerprint(t.load_model)
         self.tokenizer = get_tokenizer(settings.data.tokenizer, self.model.shape.vocab_size)
-        self.op = pick_op(t.op, self.device, DTYPES[t.precision], self.model.shape.generation)
+        shape = self.model.shape
+        self.op = pick_op(t.op, self.device, DTYPES[t.precision], shape.generation, shape.head_size)
         attach(self.model, settings.lora, t.random_seed)
         self.model.train()
         self.parameters = list(adapter_parameters(self.model))
@@ -125,7 +126,7 @@ class Trainer:
         self.batches = Batches(
             self.documents, ctx_len=settings.data.ctx_len, micro_bsz=t.micro_bsz,
             accumulate=t.live.accumulate_grad_batches, seed=t.random_seed, epoch_steps=t.epoch_steps,
-            device="cpu" if t.chunk_ctx else self.device, dataload=settings.data.dataload,
+            device="cpu" if t.chunk_ctx or t.emb_cpu else self.device, dataload=settings.data.dataload,
             rank=self.ranks.rank, world_size=self.ranks.size)
         self._agree()
         self.logs = Logs(run, settings, write=not self.ranks.rank)
@@ -265,7 +266,8 @@ class Trainer:
                                       scale=scale, before_chunk=draw, **how)
         draw(0)
         hidden, _ = self.model.hidden(batch.inputs, starts=batch.starts, keep_state=False, **how)
-        loss, ce = head_loss(hidden, self.model.head, batch.targets, batch.mask, n_trained)
+        targets = batch.targets.to(self.device, non_blocking=True)
+        loss, ce = head_loss(hidden, self.model.head, targets, batch.mask, n_trained)
         (loss * scale).backward()
         return ce
 
