@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import platform
@@ -67,7 +68,10 @@ def _disk_notice(trainer: Trainer) -> str:
 
 def description(trainer: Trainer) -> dict:
     """What this run is made of, for started.json: settings, data, base, versions."""
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "pyrwkv-tokenizer")}
+    versions = {}
+    for name in ("torch", "numpy", "pyrwkv-tokenizer"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
     return {"settings": dataclasses.asdict(trainer.settings), "base": trainer.base, "data": trainer.batches.state(),
             "op": trainer.op, "device": str(trainer.device), "processes": trainer.ranks.size,
             "threads": torch.get_num_threads(),

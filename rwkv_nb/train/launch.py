@@ -80,6 +80,7 @@ class LaunchedSession(Waiting):
         if self.run.in_use():
             return self
         t = self.settings.train
+        pick_device(t.accelerator, t.devices - 1)     # what is not there is said now
         self.run.folder.mkdir(parents=True, exist_ok=True)
         if not t.node_rank:
             for path in self._file.values():

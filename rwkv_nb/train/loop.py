@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..config import LiveSettings, Settings, check, check_together
+from ..config import LiveSettings, Settings, TrainSettings, check, check_together
 from ..data.batches import Batch, Batches
 from ..data.sources import open_split
 from ..errors import SettingsError, TrainingError
@@ -34,7 +34,7 @@ from ..lora.meta import AdapterMeta
 from ..lora.parts import trained_parts
 from ..loss import head_loss
 from ..memory import rows
-from ..model import DTYPES, fingerprint, load_model
+from ..model import DTYPES, RWKV, fingerprint, load_model
 from ..runs import Run
 from ..tokenizer import get_tokenizer
 from ..wkv import pick_op
@@ -57,8 +57,18 @@ def pick_device(accelerator: str, number: int = 0) -> torch.device:
     if accelerator == "gpu" and not torch.cuda.is_available():
         raise SettingsError("there is no GPU that torch can use", where="accelerator",
                             fix="set accelerator to cpu or auto; 00_check says what is missing")
+    if accelerator != "cpu" and number >= torch.cuda.device_count() > 0:
+        raise SettingsError(f"there are {torch.cuda.device_count()} GPUs, and {number + 1} are asked for",
+                            where="devices", fix="set devices to as many as there are, or accelerator to cpu")
     gpu = accelerator != "cpu" and torch.cuda.is_available()
     return torch.device("cuda", number) if gpu else torch.device("cpu")
+
+
+def load_as_trained(t: TrainSettings, path: str | Path = "", device: torch.device | None = None) -> RWKV:
+    """The base, or the model file at `path`, held as in a run under these settings: device, precision, quantisation."""
+    return load_model(
+        path or t.load_model, device=device or pick_device(t.accelerator), dtype=DTYPES[t.precision], quant=t.quant,
+        quant_double=bool(t.quant_double), quant_head=bool(t.quant_head), emb_cpu=bool(t.emb_cpu))
 
 
 def keep_freed_memory() -> None:
@@ -111,9 +121,7 @@ class Trainer:
             raise SettingsError("tf32 is a GPU's arithmetic", where="precision", fix="use fp32 or bf16 on a CPU")
         torch.backends.cuda.matmul.allow_tf32 = t.precision == "tf32"
         parted = self.ranks.size > 1 and t.strategy.startswith("deepspeed_stage_3")  # goes to the device in parts
-        self.model = load_model(
-            t.load_model, device="cpu" if parted else self.device, dtype=DTYPES[t.precision], quant=t.quant,
-            quant_double=bool(t.quant_double), quant_head=bool(t.quant_head), emb_cpu=bool(t.emb_cpu))
+        self.model = load_as_trained(t, device=torch.device("cpu") if parted else self.device)
         check_shape(t, self.model.shape)
         self.base = fingerprint(t.load_model)
         self.tokenizer = get_tokenizer(settings.data.tokenizer, self.model.shape.vocab_size)

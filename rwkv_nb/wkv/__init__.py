@@ -16,7 +16,7 @@ from .build import compiler_info
 from .packed import borders, by_text
 from .selftest import self_test
 
-__all__ = ["OPS", "WKV", "compiler_info", "pick_op", "self_test", "versions", "wkv5", "wkv6", "wkv7"]
+__all__ = ["OPS", "WKV", "compiler_info", "pick_op", "self_test", "wkv5", "wkv6", "wkv7"]
 
 
 class _Op(NamedTuple):
@@ -76,11 +76,6 @@ def wkv5(r, w, k, v, u, state=None, *, op="auto"):
 WKV = {7: wkv7, 6: wkv6, 5: wkv5}
 
 
-def versions(op) -> tuple[int, ...]:
-    """The versions of RWKV that an op can compute."""
-    return tuple(_TABLE[op].forms)
-
-
 def pick_op(op, device, dtype=torch.float32, version=7, head_size=64) -> str:
     """The op that `wkv7` (`wkv6`, `wkv5`: version) will run. device: a torch.device, its name, or a tensor.
 
@@ -93,9 +88,9 @@ def pick_op(op, device, dtype=torch.float32, version=7, head_size=64) -> str:
     device = torch.device(device.device if isinstance(device, torch.Tensor) else device)
     if op == "auto":
         return next(name for name in _TABLE
-                    if _TABLE[name].auto and _fits(name, device, dtype, version) and _TABLE[name].heads(head_size)
+                    if _TABLE[name].auto and _fits(name, device, dtype) and _TABLE[name].heads(head_size)
                     and _works(name))
-    if not _fits(op, device, dtype, version):
+    if not _fits(op, device, dtype):
         raise KernelError(f'WKV-{version} op "{op}" does not take {dtype} on {device.type}', where="op",
                           fix=f'use op "auto", or float32, bfloat16 or float16 on {_TABLE[op].device}')
     if _TABLE[op].load:
@@ -117,9 +112,9 @@ def _run(version, op, state, **inputs):
         return form(*inputs.values(), state)
 
 
-def _fits(name, device, dtype, version) -> bool:
+def _fits(name, device, dtype) -> bool:
     op = _TABLE[name]
-    return version in op.forms and op.device in ("", device.type) and (not op.load or dtype in _KERNEL_DTYPES)
+    return op.device in ("", device.type) and (not op.load or dtype in _KERNEL_DTYPES)
 
 
 @torch.compiler.assume_constant_result

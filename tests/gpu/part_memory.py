@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 
 from rwkv_nb.config import PRESETS, Settings, replace
+from rwkv_nb.errors import SettingsError
 from rwkv_nb.fit import SPARE, largest_micro_bsz
 from rwkv_nb.lora.layers import adapter_parameters, attach, set_dropout_step
 from rwkv_nb.loss import head_loss
@@ -113,7 +114,10 @@ def table(results) -> str:
 def _cell(shape: Shape, preset: str, quant: str, tutorial: float | None, device: str, floor: float | None = None
           ) -> dict:
     settings = replace(TUTORIAL_SETTINGS, **PRESETS[preset], quant=quant, ctx_len=1024 if device == "cuda" else 64)
-    result = if_memory_lasts(lambda: _measure(shape, settings, device))
+    try:
+        result = if_memory_lasts(lambda: _measure(shape, settings, device))
+    except SettingsError as error:  # bitsandbytes is not on every machine
+        return {"note": str(error).splitlines()[0]}
     free_memory()
     if result is None:
         return {"note": "more memory is needed than this GPU has"}
@@ -137,13 +141,15 @@ def _measure(shape: Shape, settings, device: str) -> dict:
         parameters = list(adapter_parameters(model))
         optimizer = make_optimizer(parameters, t)
         op = pick_op("auto", device, torch.bfloat16, shape.generation)
-        tokens = torch.randint(1, shape.vocab_size, (1, T + 1), device=device)
-        mask = torch.ones(1, T, dtype=torch.bool, device=device)
+        tokens = torch.randint(1, shape.vocab_size, (1, T + 1))
+        inputs, targets = tokens[:, :-1].to("cpu" if t.emb_cpu else device), tokens[:, 1:].to(device)
+        mask = torch.ones(1, T, dtype=torch.bool)
 
         def step() -> None:
-            hidden, _ = model.hidden(tokens[:, :-1], op=op, grad_cp=t.grad_cp, keep_state=False)
-            head_loss(hidden, model.head, tokens[:, 1:], mask, T)[0].backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            hidden, _ = model.hidden(inputs, op=op, grad_cp=t.grad_cp, keep_state=False)
+            loss, ce = head_loss(hidden, model.head, targets, mask, T)
+            loss.backward()
+            float(ce), float(torch.nn.utils.clip_grad_norm_(parameters, 1.0))  # a run looks at both
             optimizer.step()
             optimizer.zero_grad()
 
