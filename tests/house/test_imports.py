@@ -10,8 +10,8 @@ import pytest
 
 LIBRARY = Path(__file__).parents[2] / "rwkv_nb"
 # The rooms of the house from the ground up: each imports only what stands before it.
-ROOMS = """errors words fields config extras tokenizer runs wkv dropout quant data model loss lora generate evaluate talk
-           hub memory fit export train compat check notebook_runner cli widgets""".split()
+ROOMS = """errors words fields config extras tokenizer runs wkv dropout quant data model loss lora generate evaluate
+           talk hub memory fit export train compat check notebook_runner cli widgets""".split()
 IMPORT_ALL = """
 import importlib, os, pkgutil, sys, threading
 import rwkv_nb
