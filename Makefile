@@ -17,7 +17,7 @@ lab: setup             ## open the notebooks in JupyterLab
 
 test: setup-test       ## lint, and the tests, among them every notebook against its committed outputs
 	$(PYTHON) -m ruff check .
-	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15
+	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart=0 --durations=15
 
 bench: setup-test      ## measure on this machine; the results are in tests/benchmarks/results/
 	@unset GOMP_SPINCOUNT; for file in tests/benchmarks/bench_*.py; do echo "== $$file"; $(PYTHON) $$file || exit 1; done
@@ -26,7 +26,7 @@ soak: setup-test       ## the longer proofs; the results are in tests/benchmarks
 	@bash -o pipefail -c '$(PYTHON) -m pytest -m soak --timeout=0 --durations=0 | tee tests/benchmarks/results/soak.txt'
 
 # On a machine with a GPU and a torch of its own, where nothing is set up or downloaded.
-gpu-check:             ## PART=kernels|train|memory: what only a GPU shows; the results are in tests/benchmarks/results/gpu/
+gpu-check:             ## PART=kernels|memory|train|tune: what only a GPU shows; the results are in tests/benchmarks/results/gpu/
 	@"$(or $(wildcard $(ENV)/bin/python),python3)" tests/gpu/gpu_check.py $(or $(PART),kernels) $(if $(PEER),--peer $(PEER)) \
 		$(if $(ONLY),--only "$(ONLY)") $(if $(OUT),--out "$(OUT)")
 

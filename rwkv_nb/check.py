@@ -152,12 +152,14 @@ def _nvcc() -> Finding:
 
 def _kernels() -> Iterator[Finding]:
     """Every way to compute WKV-7, -6 and -5 here against the definition in float64; kernels are built if need be."""
-    on_gpu = self_test(("chunked", "cuda"), "cuda") if torch.cuda.is_available() else []
-    for op, error, right, why_not in [*self_test(), *on_gpu]:
+    tests = [("", test) for test in self_test()]
+    if torch.cuda.is_available():
+        tests += [(" on the GPU", test) for test in self_test(("chunked", "triton", "cuda"), "cuda")]
+    for where, (op, error, right, why_not) in tests:
         if why_not:
-            yield Finding(f'WKV "{op}"', "cannot run here", why_not, needed=False)
+            yield Finding(f'WKV "{op}"{where}', "cannot run here", why_not, needed=False)
         else:
-            yield Finding(f'WKV "{op}"', f"self-test: largest error {error:.0e}",
+            yield Finding(f'WKV "{op}"{where}', f"self-test: largest error {error:.0e}",
                           "" if right else "it computes wrong numbers: use another op, and please report it")
 
 

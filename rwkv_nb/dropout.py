@@ -1,7 +1,5 @@
 """Dropout whose masks follow from a seed: a block that is computed again meets the same."""
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """One family of errors: each says what is wrong, where, and what to do about it."""
 
-from __future__ import annotations
-
 import difflib
 import re
 import traceback

@@ -1,7 +1,5 @@
 """What makes a run fit: the memory that there is, and what to change where it will not do, before a run and in it."""
 
-from __future__ import annotations
-
 import bisect
 import functools
 import importlib.util

@@ -5,8 +5,6 @@ optimizer step. The second term keeps logits from drifting (RWKV's L2Wrap); with
 accumulation gives the gradient of one large batch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 

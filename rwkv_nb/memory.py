@@ -4,8 +4,6 @@ A block more costs the same each time, so three and four blocks are computed and
 Axes: B batch, T time, C channels, V vocabulary.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import weakref

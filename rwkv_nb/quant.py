@@ -4,8 +4,6 @@ int8: a scale for each output row. nf4: Dettmers et al. 2023, arXiv 2305.14314, 
 their scales in 8 bits too. The number formats are those of the `bitsandbytes` package. Axes: M rows (B·T), R rank.
 """
 
-from __future__ import annotations
-
 import logging
 
 import torch

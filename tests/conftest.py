@@ -1,4 +1,4 @@
-"""What every test shares: one thread, the same random numbers each time, a tiny random base, a few chat documents."""
+"""What every test shares: one thread, fresh random numbers that can be had again, a tiny base, a few documents."""
 
 import json
 import os
@@ -19,15 +19,24 @@ LONG = ("test_in_order", "test_nvcc", "test_memory", "test_shrink", "test_wheel"
 
 
 def pytest_addoption(parser):
-    parser.addoption("--seed", type=int, default=0, help="other random inputs for every test than those of 0")
+    parser.addoption("--seed", type=int, help="the random inputs of an earlier run, which printed this number")
 
 
 def pytest_configure(config):
-    """A machine that does much else fails no test, and 0, the seed, always tries the same."""
+    """A machine that does much else fails no test. All processes of pytest-xdist have the first one's seed."""
+    if config.option.seed is None:
+        config.option.seed = getattr(config, "workerinput", {}).get("seed", random.SystemRandom().randrange(10**6))
     slow = [hypothesis.HealthCheck.too_slow]
-    hypothesis.settings.register_profile("house", deadline=None, suppress_health_check=slow,
-                                         derandomize=not config.getoption("seed"))
+    hypothesis.settings.register_profile("house", deadline=None, suppress_health_check=slow)
     hypothesis.settings.load_profile("house")
+
+
+def pytest_configure_node(node):
+    node.workerinput["seed"] = node.config.option.seed
+
+
+def pytest_report_header(config):
+    return f"random inputs: --seed {config.option.seed}"
 
 
 def pytest_collection_modifyitems(items):
@@ -37,8 +46,8 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
-    """The same random inputs whatever ran before: what fails once fails again."""
-    seed = item.config.getoption("seed")
+    """A test's random inputs follow from the seed, whatever ran before it: what fails once fails again."""
+    seed = item.config.option.seed
     random.seed(seed)
     torch.manual_seed(seed)
 

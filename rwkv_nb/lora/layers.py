@@ -7,8 +7,6 @@
 Source: Hu et al. 2021, arXiv 2106.09685; initial values as in Hugging Face peft. Axes: M rows (B·T), R rank.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import math

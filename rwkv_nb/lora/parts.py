@@ -4,8 +4,6 @@ The trained values are fp32, as the adapter is: in bf16 a small step would vanis
 a copy in the base's dtype.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import torch

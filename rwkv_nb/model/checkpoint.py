@@ -1,7 +1,5 @@
 """Weights from and to files: strict, memory-mapped, never running code from a file."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import pickle

@@ -3,8 +3,6 @@
 Axes: B batch, T time, C channels, H heads, N head size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

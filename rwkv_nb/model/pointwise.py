@@ -5,8 +5,6 @@ loaded (wkv.kernels) each is one kernel, forward and backward (cuda/pointwise_gp
 Axes: B batch, T time, C channels, H heads, N head size.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -4,8 +4,6 @@ Source: Chen et al. 2016, arXiv 1604.06174. torch.utils.checkpoint would do, but
 tensor that is saved: a quarter of a step's time where a GPU waits for the CPU.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable

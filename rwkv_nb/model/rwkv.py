@@ -4,8 +4,6 @@ One forward serves as training form (a whole sequence) and as RNN form (token by
 Axes: B batch, T time, C channels, H heads, N head size, V vocabulary, L layers.
 """
 
-from __future__ import annotations
-
 import itertools
 from typing import NamedTuple
 

@@ -3,8 +3,6 @@
 Source: Peng et al. 2024, arXiv 2404.05892 ("Eagle"). Its files keep a mix as the share of the token itself.
 """
 
-from __future__ import annotations
-
 from ..wkv import wkv5
 from . import rwkv6
 from .pointwise import token_shift

@@ -4,8 +4,6 @@ Source: Peng et al. 2024, "Eagle and Finch: RWKV with Matrix-Valued States and D
 Axes: B batch, T time, C channels, H heads, N head size, R rank, M the five mixes w k v r g.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange

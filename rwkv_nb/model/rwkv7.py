@@ -4,8 +4,6 @@ Source: Peng et al. 2025, "RWKV-7 Goose with Expressive Dynamic State Evolution"
 Axes: B batch, T time, C channels, H heads, N head size.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 

@@ -3,8 +3,6 @@
 Axes: B batch, C channels, H heads, N head size, L layers, R rank.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -14,8 +14,9 @@ import torch
 from .. import __version__
 from ..config import TrainSettings
 from ..errors import SettingsError
-from ..model import Shape
+from ..model import DTYPES, Shape
 from ..runs import free_bytes
+from ..wkv import left_out
 from ..words import bytes_text
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ def notices(trainer: Trainer) -> list[str]:
     if t.strategy.startswith("deepspeed") and size == 1:
         told.append(f"strategy {t.strategy} is not needed: one device trains alone")
     told += quant_notice(t)
+    if t.op == "auto":
+        told += left_out(trainer.op, trainer.device, DTYPES[t.precision])
     together = f", {size} processes ({'ddp' if t.strategy == 'auto' else t.strategy})" if size > 1 else ""
     return [*told, *trainer.batches.notices(), _disk_notice(trainer),
             f"operator: {trainer.op}, on {trainer.device}{together}"]

@@ -3,8 +3,6 @@
 Dropout needs no random state here: its masks follow from (seed, step, micro-batch, layer), see lora.layers.
 """
 
-from __future__ import annotations
-
 import pickle
 from dataclasses import dataclass
 

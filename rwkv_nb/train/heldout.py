@@ -1,7 +1,5 @@
 """What a new held-out loss means beside the ones before it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 

@@ -5,8 +5,6 @@ from the last chunk to the first, computes each one again, and hands the state's
 Device memory is that of one chunk, whatever the text's length.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,7 +1,5 @@
 """A run's two logs: metrics.jsonl, a row a step, and train_log.txt, a line an epoch as RWKV's tools write it."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -3,8 +3,6 @@
 It knows no thread and no widget; train.session drives it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import dataclasses

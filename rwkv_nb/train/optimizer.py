@@ -1,8 +1,6 @@
 """AdamW with its two averages in fp32, bf16 or 8 bits. All that it keeps is there before the first step: a run that
 has memory for its optimizer has it to the end."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import torch

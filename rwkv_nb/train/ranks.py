@@ -3,8 +3,6 @@
 torch.distributed carries it: NCCL between GPUs, gloo between CPUs and for everything that is not a tensor.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

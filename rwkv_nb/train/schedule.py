@@ -1,7 +1,5 @@
 """Learning rate by step."""
 
-from __future__ import annotations
-
 import math
 
 from ..config import TrainSettings

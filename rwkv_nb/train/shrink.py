@@ -1,7 +1,5 @@
 """Out of memory is a choice, not a crash: what is still left to try, and how all that was held is let go of."""
 
-from __future__ import annotations
-
 import gc
 import traceback
 from collections.abc import Callable

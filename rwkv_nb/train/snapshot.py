@@ -1,7 +1,5 @@
 """What a session says of itself, and what it tells its processes."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ fp16 has few small numbers, so its losses are scaled up before backward; a step 
 the scale. For the other precisions the scale is 1.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Callable, Sequence

@@ -9,8 +9,6 @@
 The loop computes gradients as always; DeepSpeed sums them once a step, clips and updates.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import os

@@ -1,7 +1,5 @@
 """Memory told before a run: a bar that follows the form of 03, and the tutorial's table with ours beside it."""
 
-from __future__ import annotations
-
 import contextlib
 import html
 from collections.abc import Mapping

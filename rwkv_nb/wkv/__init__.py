@@ -1,7 +1,5 @@
 """The WKV operators: one signature each, the way they are computed picked by name."""
 
-from __future__ import annotations
-
 import functools
 import warnings
 from collections.abc import Callable
@@ -16,7 +14,7 @@ from .build import compiler_info
 from .packed import borders, by_text
 from .selftest import self_test
 
-__all__ = ["OPS", "WKV", "compiler_info", "pick_op", "self_test", "wkv5", "wkv6", "wkv7"]
+__all__ = ["OPS", "WKV", "compiler_info", "left_out", "pick_op", "self_test", "wkv5", "wkv6", "wkv7"]
 
 
 class _Op(NamedTuple):
@@ -98,6 +96,13 @@ def pick_op(op, device, dtype=torch.float32, version=7, head_size=64) -> str:
     return op
 
 
+def left_out(op, device, dtype) -> list[str]:
+    """Why `pick_op`, which took `op` for "auto", passed over the faster ones, a sentence each."""
+    faster = list(_TABLE)[:list(_TABLE).index(op)]
+    return [why for name in faster if _TABLE[name].auto and _fits(name, torch.device(device), dtype)
+            and (why := _why_not(name))]
+
+
 def _run(version, op, state, **inputs):
     _check_shapes(version, state, inputs)
     r = inputs["r"]
@@ -119,18 +124,20 @@ def _fits(name, device, dtype) -> bool:
 
 @torch.compiler.assume_constant_result
 def _works(name) -> bool:
-    return _loads_or_warns(name)
+    return not _why_not(name)
 
 
 @functools.cache
-def _loads_or_warns(name) -> bool:
+def _why_not(name) -> str:
+    """A sentence of why an op cannot run here, warned of once; "" where it can."""
     try:
         if _TABLE[name].load:
             _TABLE[name].load()
     except KernelError as error:
-        warnings.warn(f'WKV runs without op "{name}", perhaps several times slower: {error}', stacklevel=2)
-        return False
-    return True
+        text = f'WKV runs without op "{name}", perhaps several times slower: {error}'
+        warnings.warn(text, stacklevel=2)
+        return text
+    return ""
 
 
 def _check_shapes(version, state, inputs):

@@ -5,8 +5,6 @@ torch's version, the flags, this CPU's features and the compiler. So a home dire
 never serves one the other's instructions, and where no compiler is found any more, a built one still loads.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import functools

@@ -1,8 +1,6 @@
 """flash-linear-attention's chunked kernels under our signature. Theirs: log-decay for the raw one, a state [K,V], and a
 scale that is 1/√N unless told. Its WKV-7 takes no float32. Not yet run on a GPU."""
 
-from __future__ import annotations
-
 import importlib.util
 
 import torch

@@ -5,8 +5,6 @@ wkvX_backward(*inputs, state, saved, dy, dlast) -> (gradients of the inputs, of 
 state may hold int64 [texts + 1]: where texts begin in the B·T steps, and the end; then no state goes in or comes out.
 """
 
-from __future__ import annotations
-
 import functools
 import threading
 

@@ -1,7 +1,5 @@
 """The CUDA compiler, wherever it came from, and the GPU kernels that it builds on first use."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import re

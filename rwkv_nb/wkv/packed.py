@@ -3,8 +3,6 @@
 Axes: B batch, T time, H heads, N head size.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable
 

@@ -14,8 +14,6 @@ or None (zeros), and return y [B,T,H,N] in r's dtype and the last state in float
 Arithmetic is float32 (float64). Nothing is divided by a decay, which may be 0. autograd differentiates them.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange

@@ -1,7 +1,5 @@
 """A small proof of the WKV ops on this machine, for notebook 00_check."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -9,8 +9,6 @@ figure is the median over the rounds. The tool is run as its README says, and wi
 of both must be the same. Writes results/data.json.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

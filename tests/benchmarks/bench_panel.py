@@ -7,8 +7,6 @@ other session a panel is on the page. Seconds per step are taken between two mom
 saving are left out; the figure is the median over the rounds of the ratio within a round. Writes results/panel.json.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -9,8 +9,6 @@ memory (ru_maxrss, Python and torch included) is its own; all have the same weig
 turn, round after round. A ratio is the median of the rounds' ratios.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import json

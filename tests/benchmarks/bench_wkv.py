@@ -9,8 +9,6 @@ median of the rounds' ratios, so that what else runs on the machine falls on all
 all alike, as it does in a training run.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import statistics

@@ -1,7 +1,5 @@
 """What a result was measured on, without anything that names the machine's owner or place."""
 
-from __future__ import annotations
-
 import os
 import platform
 from pathlib import Path

@@ -11,8 +11,6 @@ with each tensor's size: `rounding` is what its blocks are larger than the tenso
 what its segments hold beyond that.
 """
 
-from __future__ import annotations
-
 import argparse
 import bisect
 import dataclasses

@@ -1,7 +1,5 @@
 """A real JupyterLab and a real Chromium on this machine, for tests and measurements."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -10,8 +10,6 @@ logits for the same tokens from one reading to the next, so it reads ten times: 
 written down too. Writes results/exports.json.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import json

@@ -1,17 +1,18 @@
 """What only a GPU can show, in parts of a few minutes each, on a machine with nothing but torch, ninja and nvcc.
 
-    python tests/gpu/gpu_check.py kernels|train|memory [--out FOLDER] [--peer FILE.py] [--only WORDS] [--device cuda]
+    python tests/gpu/gpu_check.py kernels|memory|train|tune [--out FOLDER] [--peer FILE.py] [--only WORDS] [--device cuda]
 
 What must be there: torch >= 2.11 for CUDA, einops, safetensors, ninja, a C++ compiler, and nvcc of torch's major CUDA
 version (without it op "cuda" is left out). More is measured with triton, fla (op "fla") and
 bitsandbytes (int8 and nf4 in `memory`). Nothing is downloaded, and nothing of the notebooks is imported.
 
-A first session of half an hour, the most important first: 8, 8, 5 minutes and the rest (triton, chunked). Each line can
-be cut and repeated, and ends with a table:
+A first session of half an hour, the most important first: 8, 8, 5 minutes, then which constants of the kernels are
+best on this GPU, and the rest (triton, chunked). Each line can be cut and repeated, and ends with a table:
 
     python tests/gpu/gpu_check.py kernels --only "ops|cuda|PEFT" --peer tests/gpu/peer_rwkv_peft.py
     python tests/gpu/gpu_check.py memory
     python tests/gpu/gpu_check.py train
+    python tests/gpu/gpu_check.py tune
     python tests/gpu/gpu_check.py kernels
 
 A part is a module part_NAME.py beside this file with
@@ -22,8 +23,6 @@ A part is a module part_NAME.py beside this file with
 Each case that ends is appended to FOLDER/NAME.jsonl with the machine it ran on. A run that was cut goes on where it
 was; a case that raised is tried again. The exit code is 1 if a case raised or says {"ok": false}.
 """
-
-from __future__ import annotations
 
 import argparse
 import importlib

@@ -1,7 +1,5 @@
 """Every op of every version against float64, under streams, graphs and torch.compile, and timed."""
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 import itertools

@@ -8,8 +8,6 @@ Then what no CPU can show of fitting a card: whole runs under a limit that torch
 made here.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import itertools

@@ -3,8 +3,6 @@
 Some of them without dropout as well, and some with PyTorch's own pointwise steps and loss in place of our kernels'.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import time

@@ -4,8 +4,6 @@ Each variant is cuda/ with some text replaced, compiled for this GPU alone, and 
 are built side by side at the first case. The arithmetic stays as it is, which each case checks.
 """
 
-from __future__ import annotations
-
 import functools
 import shutil
 import subprocess

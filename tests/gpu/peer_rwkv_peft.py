@@ -4,8 +4,6 @@ Built as its rwkvt/operator/rwkvop.py builds them, at the first call. They take 
 WKV-6's w as -exp(w) in float32.
 """
 
-from __future__ import annotations
-
 import functools
 from pathlib import Path
 

@@ -9,12 +9,14 @@ from rwkv_nb.wkv import build, compiler_info, pick_op
 
 CHECK = """
 import warnings
-from rwkv_nb.wkv import pick_op, self_test
+import torch
+from rwkv_nb.wkv import left_out, pick_op, self_test
 from rwkv_nb.errors import KernelError
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     print("auto:", pick_op("auto", "cpu"), pick_op("auto", "cpu"), "warnings:", len(caught))
 for w in caught: print(w.message)
+print("left out:", *(why.split(":")[0] for why in left_out(pick_op("auto", "cpu"), "cpu", torch.float32)))
 for row in self_test(["cpu"]): print("self-test:", row.ok, row.note)
 """
 
@@ -37,7 +39,8 @@ def test_a_built_library_needs_no_compiler(tmp_path):
 def test_no_compiler_is_a_warning_and_the_chunked_form(tmp_path):
     out, _ = check(XDG_CACHE_HOME=str(tmp_path), PATH=str(tmp_path))
     assert "auto: chunked chunked warnings: 1" in out
-    assert 'WKV runs without op "cpu"' in out and "no C++ compiler was found" in out and "apt install g++" in out
+    assert 'left out: WKV runs without op "cpu", perhaps several times slower' in out
+    assert "no C++ compiler was found" in out and "apt install g++" in out
     assert "self-test: False no C++ compiler was found" in out
 
 
