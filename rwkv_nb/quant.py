@@ -98,6 +98,8 @@ def _nf4(functional, W: Tensor, dtype: torch.dtype, double: bool):
 class QuantLinear(nn.Linear):
     """A frozen linear whose weight is a Held; `.weight` is None. It has no entry in a state_dict."""
 
+    squares = True  # forward knows `squared`
+
     def __init__(self, held: Held):
         nn.Module.__init__(self)
         self.out_features, self.in_features = held.shape

@@ -45,6 +45,8 @@ class LoraLinear(nn.Linear):
     base's dtype. dropout and strength may change at any time; strength 0 is the base exactly.
     """
 
+    squares = True  # forward knows `squared`
+
     def __init__(self, base: nn.Linear, r: int, alpha: float, dropout: float, generator: torch.Generator,
                  clock: DropoutClock, index: int):
         super().__init__(base.in_features, base.out_features, bias=False, device="meta")

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from ..wkv import wkv6
-from .parts import Part
+from .parts import Part, of_squared_relu
 from .pointwise import gated_norm, token_shift
 
 
@@ -45,7 +45,7 @@ class ChannelMix(Part):
     def forward(self, x, last_x):
         """x [B,T,C], last_x [B,C] → [B,T,C]"""
         xk, xr = token_shift(x, last_x, *self.mixes())
-        return torch.sigmoid(self.receptance(xr)) * self.value(self.key(xk), squared=True)
+        return torch.sigmoid(self.receptance(xr)) * of_squared_relu(self.value, self.key(xk))
 
     def mixes(self):
         """How much of the token before key and receptance see, [1,1,C] each."""

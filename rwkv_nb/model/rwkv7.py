@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ..wkv import wkv7
-from .parts import Part
+from .parts import Part, of_squared_relu
 from .pointwise import gated_norm, token_shift, wkv7_inputs
 
 
@@ -39,4 +39,4 @@ class ChannelMix(Part):
     def forward(self, x, last_x):
         """x [B,T,C], last_x [B,C] → [B,T,C]"""
         (xk,) = token_shift(x, last_x, self.x_k)
-        return self.value(self.key(xk), squared=True)
+        return of_squared_relu(self.value, self.key(xk))
