@@ -16,7 +16,7 @@ class Dropout(NamedTuple):
     def draw(self, x: Tensor) -> Tensor | None:
         """The hits of a tensor like x, to be kept for backward; None on a GPU, which draws them again in two launches
         of its kernels."""
-        return draw_places(x.numel(), self) if x.device.type == "cpu" else None
+        return draw_places(x, self) if x.device.type != "cuda" else None
 
     def of(self, x: Tensor, hits: Tensor | None, out: Tensor | None = None) -> Tensor:
         """x (any shape, contiguous) with its hits, as of draw(), set to 0: a new tensor, or x itself, changed in place,
@@ -31,14 +31,14 @@ def by_mask(x: Tensor, dropout: Dropout, out: Tensor | None) -> Tensor:
     return torch.mul(x, keep, out=out)
 
 
-def draw_places(n: int, dropout: Dropout) -> Tensor:
-    """Which of n elements are hit: int64, ascending; those from n on mean nothing.
+def draw_places(x: Tensor, dropout: Dropout) -> Tensor:
+    """Which of x's n elements are hit: int64, ascending; those from n on mean nothing.
 
     The gaps between hits are drawn (geometric), not one number an element: at p = 0.01 a small part of the work.
     """
-    p, generator = dropout.p, torch.Generator().manual_seed(dropout.seed)
+    n, p, generator = x.numel(), dropout.p, torch.Generator().manual_seed(dropout.seed)
     enough = int(n * p + 8 * math.sqrt(n * p) + 16)  # hits: mean np, and eight standard deviations to be sure
-    uniform = torch.rand(enough, generator=generator)
+    uniform = torch.rand(enough, generator=generator, device=x.device)
     gaps = uniform.neg_().log1p_().div_(math.log1p(-p)).long().add_(1)
     return gaps.cumsum_(0).sub_(1)
 

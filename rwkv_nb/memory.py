@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
@@ -142,7 +141,7 @@ def _workspaces() -> int:
 
 
 def numberless(shape: Shape, lora: LoraSettings, t: TrainSettings) -> RWKV:
-    """The model of a run with its adapter, in a FakeTensorMode: sizes without numbers. Its head is as the base's."""
+    """The model of a run with its adapter, on device meta: sizes without numbers. Its head is as the base's."""
     model = RWKV(shape, dtype=DTYPES[t.precision])
     for name, module in list(model.blocks.named_modules()) if t.quant != "none" else ():
         if isinstance(module, nn.Linear):
@@ -159,7 +158,7 @@ def _step(shape: Shape, lora: LoraSettings, T: int, gpu: bool, t: TrainSettings)
     dtype, B, C = DTYPES[t.precision], t.micro_bsz, shape.n_embd
     op = pick_op(t.op if t.op in ("torch", "chunked") else "auto", "cpu", dtype, shape.generation)
     state = after = None
-    with FakeTensorMode(), LiveBytes() as live:
+    with torch.device("meta"), LiveBytes() as live:
         model = numberless(shape, lora, t)
         parameters = list(adapter_parameters(model))
         trained = sum(p.nbytes for p in parameters)

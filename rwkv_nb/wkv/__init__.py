@@ -108,7 +108,7 @@ def _run(version, op, state, **inputs):
     r = inputs["r"]
     op = _TABLE[pick_op(op, r.device, r.dtype, version, r.shape[-1])]
     form = op.forms[version]
-    mixed = torch.is_autocast_enabled(r.device.type)
+    mixed = not r.is_meta and torch.is_autocast_enabled(r.device.type)
     with torch.autocast(r.device.type, enabled=False) if mixed else nullcontext():  # the state's sums stay float32
         if state is not None and state.dtype == torch.bool:
             if op.packed:
@@ -119,7 +119,7 @@ def _run(version, op, state, **inputs):
 
 def _fits(name, device, dtype) -> bool:
     op = _TABLE[name]
-    return op.device in ("", device.type) and (not op.load or dtype in _KERNEL_DTYPES)
+    return op.device in ("", device.type.replace("meta", "cpu")) and (not op.load or dtype in _KERNEL_DTYPES)
 
 
 @torch.compiler.assume_constant_result

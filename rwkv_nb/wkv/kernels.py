@@ -99,6 +99,8 @@ def register_gpu_operators() -> None:
 
 def on_gpu(*tensors) -> bool:
     """Whether the GPU's kernels are loaded and take these tensors, None left out: all on a GPU, of one dtype."""
+    if not _loaded:     # a CPU's steps need not look at each tensor
+        return False
     there = [x for x in tensors if x is not None]
     kinds = {(x.device.type, x.dtype) for x in there}
     return len(kinds) == 1 and there[0].device.type in _loaded and there[0].dtype != torch.float64

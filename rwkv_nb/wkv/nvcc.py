@@ -78,8 +78,16 @@ def _build(nvcc: Nvcc | None, architectures: list[str], folder: Path) -> None:
         raise KernelError("no CUDA compiler was found", fix=INSTALL)
     print(f"rwkv_nb: compiling the GPU WKV kernels with nvcc {nvcc.version} ({nvcc.source}) for "
           f"{', '.join(architectures)} (once per machine, usually under a minute) …", file=sys.stderr, flush=True)
-    nvcc.compile(folder, *(f"-gencode=arch={a.replace('sm', 'compute')},code={a}" for a in architectures))
+    nvcc.compile(folder, *_gencode(architectures))
     compile_cpp("rwkv_nb_cuda", OPERATORS, folder, ("-O2",), [*map(str, folder.glob("*.o")), *link_flags(nvcc)])
+
+
+def _gencode(architectures: list[str]) -> list[str]:
+    """nvcc's flags. Most of its time goes into what a family of GPUs (sm_80, 86, 89) can share."""
+    families: dict[str, list[str]] = {}
+    for name in architectures:
+        families.setdefault("75" if name == "sm_75" else f"{name[3:-1]}0", []).append(name)
+    return [f"-gencode=arch=compute_{family},code=[{','.join(names)}]" for family, names in families.items()]
 
 
 def link_flags(nvcc: Nvcc) -> list[str]:

@@ -20,11 +20,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rwkv_nb.config import PRESETS, Settings, replace
 from rwkv_nb.lora.layers import adapter_parameters
-from rwkv_nb.loss import CHUNK
+from rwkv_nb.loss import GPU_CHUNK
 from rwkv_nb.memory import ADAM_BYTES, QUANTS, TUTORIAL, TUTORIAL_SETTINGS, LiveBytes, estimate, numberless
 from rwkv_nb.model import PUBLISHED, PUBLISHED_OLDER, Shape
 
@@ -95,9 +94,9 @@ def whole_model(shape: Shape, settings: Settings) -> tuple[int, int]:
     def room(*sizes: float) -> list[torch.Tensor]:
         return [torch.empty(int(size), dtype=torch.uint8) for size in sizes]
 
-    with FakeTensorMode() as fake:
+    with torch.device("meta"):
         model = numberless(dataclasses.replace(shape, vocab_size=1), settings.lora, t)
-    with fake, CachingAllocator() as allocator:
+    with torch.device("meta"), CachingAllocator() as allocator:
         stays = room(V * shape.n_embd * (1 if t.quant_head else 2), *[2**23 + 2**17] * 2)   # head, workspaces
         for module in model.blocks.modules():
             held = getattr(module, "held", None)
@@ -107,7 +106,7 @@ def whole_model(shape: Shape, settings: Settings) -> tuple[int, int]:
         for step in range(2):
             hidden, _ = model.hidden(torch.zeros(1, T, dtype=torch.long), op="cpu", grad_cp=t.grad_cp, keep_state=False)
             gradient = torch.empty_like(hidden)
-            room(hidden.nbytes, *(CHUNK * V * size for size in (2, 4, 4)))                  # the loss
+            room(hidden.nbytes, GPU_CHUNK * V * 2)                                          # the loss
             hidden.backward(gradient)
             del hidden, gradient
             if step == 0:
