@@ -201,7 +201,8 @@ def test_loss(M, V, dtype, far):
         sums = torch.ops.rwkv_nb.loss(logits, targets, MAX_LOGIT, wanted)
         torch.testing.assert_close(sums.double(), torch.stack([ce, squares], 1).detach(), rtol=1e-5, atol=1e-5)
         assert wanted or torch.equal(logits, before)
-    assert (logits.double() - gradient).norm() <= far * gradient.norm()
+    # A gradient is a share less 1, or a share: what is left of a difference may be small.
+    assert (logits.double() - gradient).norm() <= far * gradient.norm().clamp(min=1)
 
 
 def test_a_loss_that_is_not_a_number_is_not_hidden():
