@@ -1,6 +1,6 @@
 """What only a GPU can show, in parts of a few minutes each, on a machine with nothing but torch, ninja and nvcc.
 
-    python tests/gpu/gpu_check.py kernels|memory|train|tune [--out FOLDER] [--peer FILE.py] [--only WORDS] [--device cuda]
+    python tests/gpu/gpu_check.py kernels|memory|train|tune [--out FOLDER] [--peer FILE.py] [--only WORDS]
 
 What must be there: torch >= 2.11 for CUDA, einops, safetensors, ninja, a C++ compiler, and nvcc of torch's major CUDA
 version (without it op "cuda" is left out). More is measured with triton, fla (op "fla") and
