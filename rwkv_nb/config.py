@@ -229,7 +229,8 @@ class Settings:
 
 
 def check_together(settings: Settings) -> None:
-    """Raise SettingsError where two settings contradict each other."""
+    """Raise SettingsError where a setting is wrong by itself, as check() does, or two contradict each other."""
+    check(settings)
     t = settings.train
     zero = t.devices * t.num_nodes > 1 and t.strategy.startswith("deepspeed")
     parted = zero and t.strategy.startswith("deepspeed_stage_3")

@@ -102,6 +102,15 @@ def test_one_run_at_a_time(tmp_path):
         holder.communicate()
 
 
+def test_a_folder_that_cannot_be_written_is_said(tmp_path):
+    (tmp_path / "a file").touch()
+    run = Run(tmp_path / "a file" / "run")
+    with pytest.raises(RunError, match="a file/run: this folder cannot be written"), run.lock():
+        pass
+    with pytest.raises(RunError, match="cannot be written"):   # and nobody uses it
+        run.in_use()
+
+
 def test_settings_go_from_one_notebook_to_the_next(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = Run("runs/first")
@@ -113,11 +122,11 @@ def test_settings_go_from_one_notebook_to_the_next(tmp_path, monkeypatch):
     assert Run(tmp_path / "runs" / "first").settings().data.data_file == str(tmp_path / "data" / "a.jsonl")
 
 
-@pytest.mark.parametrize("text", ["", "{", "null", '{"lora": {"rank": 1}}', "\x00\x00"])
+@pytest.mark.parametrize("text", ["", "{", "null", '{"lora": {"rank": 1}}', '{"lora": {"r": "8"}}', "\x00\x00"])
 def test_damaged_settings_are_refused_and_kept(tmp_path, text):
     run = Run(tmp_path)
     run.settings_file.write_text(text)
-    with pytest.raises(SettingsError):
+    with pytest.raises(SettingsError, match="settings.json: "):
         run.update(r=4)
     assert run.settings_file.read_text() == text
 

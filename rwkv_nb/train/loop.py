@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..config import LiveSettings, Settings, TrainSettings, check, check_together
+from ..config import LiveSettings, Settings, TrainSettings, check_together
 from ..data.batches import Batch, Batches
 from ..data.sources import open_split
 from ..errors import SettingsError, TrainingError
@@ -100,7 +100,6 @@ class Trainer:
     """
 
     def __init__(self, run: Run, settings: Settings, ranks: Ranks | None = None):
-        check(settings)
         check_together(settings)
         t = settings.train
         for name, value in (("load_model", t.load_model), ("data_file", settings.data.data_file or

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -17,11 +18,10 @@ from .. import config
 from ..config import LiveSettings, Settings
 from ..errors import SettingsError, TrainingError
 from ..fit import TOO_LARGE, words
-from ..runs import Run, write_text
+from ..runs import Run, absolute, write_text
 from .before import description, notices, quant_notice
 from .checkpoint import Checkpoint, load_checkpoint, to_resume
 from .controls import Controls
-from .heldout import judge
 from .log import as_it_was
 from .loop import Trainer
 from .ranks import Ranks
@@ -54,9 +54,8 @@ class TrainSession(Controls):
                  ranks: Ranks | None = None, ask: bool = True):
         if start not in ("auto", "resume", "fresh"):
             raise SettingsError(f"start cannot be {start!r}", where="start", fix="use auto, resume or fresh")
-        run = run if isinstance(run, Run) else Run(run)
-        settings = settings or run.settings()
-        config.check(settings)
+        run = Run(run)
+        settings = absolute(settings or run.settings())   # as settings.json has them: a checkpoint knows its own again
         config.check_together(settings)
         super().__init__(run, settings)
         self.prompts, self._start_from, self._max_tokens = tuple(prompts), start, max_tokens
@@ -71,7 +70,7 @@ class TrainSession(Controls):
         into: the new run's folder, by default `replay` inside the old one. On a CPU, with as many threads, its losses
         are the same bit for bit. Raises RunError where nothing was started.
         """
-        run = run if isinstance(run, Run) else Run(run)
+        run = Run(run)
         began, planned = as_it_was(run)
         return cls(into or run.folder / "replay", began, start="fresh", planned=planned, **options)
 
@@ -234,7 +233,8 @@ class TrainSession(Controls):
         if self._ask and not self._stop:
             self._go.clear()
         self._status = "paused" if self.paused else "preparing"
-        self._go.wait()
+        while not self._stop and not self._go.wait(0.1):
+            pass                          # stop() may have come a moment before the clear() above
         if self._stop:
             raise Stopped
         self._status = "preparing"
@@ -275,12 +275,18 @@ class TrainSession(Controls):
         if now is None:
             return self._tell("WARNING: memory ran out: the held-out loss is left out")
         before = [row["heldout_loss"] for row in self._rows if row.get("event") == "eval"]
-        best, told, stop = judge(before, now, trainer.step, self.settings.train.early_stop)
         self._row({"step": trainer.step, "event": "eval", "heldout_loss": now})
-        self._tell(*told)
-        self._stop |= stop
-        if best:
-            self._save_adapter("best")
+        best = min(filter(math.isfinite, before), default=math.inf)   # a base may begin with NaN
+        if now < best:
+            return self._save_adapter("best")
+        worse = len(before) - before.index(best) if best < math.inf else 0   # evaluations since, this one with them
+        if worse == 2:
+            self._tell(f"WARNING: the held-out loss has turned up: {best:.4f} at its best, {now:.4f} after step "
+                       f"{trainer.step}. From here on the adapter learns the training data by heart; adapter-best is "
+                       "the one to use")
+        if 0 < self.settings.train.early_stop <= worse:
+            self._tell(f"stopped early after step {trainer.step}: {worse} evaluations without a lower held-out loss")
+            self._stop = True
 
     def _checkpoint(self, live: LiveSettings) -> None:
         self.trainer.checkpoint(live)

@@ -36,8 +36,7 @@ class TrainPanel(widgets.VBox):
     def __init__(self, session: TrainSession | LaunchedSession):
         self._session, self._live = session, session.snapshot().live
         self._stopping, self._complaint = False, ""
-        self._lock, self._wake = threading.RLock(), threading.Event()
-        self._painted, self._figure_due = 0, 0.0
+        self._wake, self._painted, self._figure_due = threading.Event(), 0, 0.0
         self._make_controls(self._live)
         self._make_displays()
         super().__init__([
@@ -85,7 +84,7 @@ class TrainPanel(widgets.VBox):
         try:
             action()
             self._complaint = ""
-        except RwkvNbError as error:
+        except (RwkvNbError, OSError) as error:
             self._complaint = html.error_html(error)
         self._wake.set()
 
@@ -100,7 +99,7 @@ class TrainPanel(widgets.VBox):
         self._session.stop()
 
     def _change(self, change) -> None:
-        with self._lock:
+        if threading.current_thread() is not self.painter:  # its values are the session's: what was asked since counts
             self._ask(lambda: self._session.change(**{change.owner.description: change.new}))
 
     # -- painting ------------------------------------------------------------------------------------------------
@@ -115,8 +114,8 @@ class TrainPanel(widgets.VBox):
     def _paint_until_done(self) -> None:
         done = False
         while not done:
-            done = self._session.snapshot().done
             try:
+                done = self._session.snapshot().done
                 self._paint()
             except Exception as error:  # a picture that fails must not take the rest with it
                 self._complaint = self.error.value = html.error_html(error)
@@ -137,18 +136,17 @@ class TrainPanel(widgets.VBox):
 
     def _show_live(self) -> None:
         """Controls follow what was changed elsewhere: by a resumed run, another panel, or code."""
-        with self._lock:
-            before, self._live = self._live, self._session.snapshot().live
-            for name in LIVE:
-                value, control = getattr(self._live, name), getattr(self, name)
-                if value == getattr(before, name) or value == control.value:
+        before, self._live = self._live, self._session.snapshot().live
+        for name in LIVE:
+            value, control = getattr(self._live, name), getattr(self, name)
+            if value == getattr(before, name) or value == control.value:
+                continue
+            if name == "lr_init":
+                if value <= 0:  # a logarithm has no zero
                     continue
-                if name == "lr_init":
-                    if value <= 0:  # a logarithm has no zero
-                        continue
-                    control.min = min(control.min, math.log10(value))
-                    control.max = max(control.max, math.log10(value))
-                control.value = value
+                control.min = min(control.min, math.log10(value))
+                control.max = max(control.max, math.log10(value))
+            control.value = value
 
     def _paint_texts(self, now: Snapshot) -> None:
         session, status = self._session, self._status(now)

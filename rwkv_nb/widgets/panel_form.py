@@ -8,7 +8,7 @@ import ipywidgets as widgets
 
 from .. import config
 from ..config import Settings
-from ..errors import SettingsError
+from ..errors import RwkvNbError
 from ..runs import Run, path_settings
 from .panel_html import error_html
 
@@ -48,7 +48,7 @@ class SettingsForm(widgets.VBox):
             words = isinstance(self._known[name].default, tuple)
             self._run.update(**{name: tuple(change.new.split()) if words else change.new})
             self._message.value = ""
-        except (SettingsError, OSError) as error:
+        except RwkvNbError as error:
             self._message.value = error_html(error)
 
 
