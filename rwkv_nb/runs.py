@@ -204,6 +204,10 @@ class Run:
                 f.truncate(0)
                 f.write(str(os.getpid()))
                 f.flush()
+                for path in self.folder.glob(".*.tmp"):    # what processes that were killed had half written
+                    pid = path.name.split(".")[-2]
+                    if pid.isdigit() and not Path("/proc", pid).exists():
+                        path.unlink(missing_ok=True)
             except BlockingIOError as error:
                 f.seek(0)
                 raise RunError(f"another training run uses this folder (process {f.read().strip() or '?'})",

@@ -111,6 +111,16 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path):
         run.in_use()
 
 
+def test_what_a_killed_process_had_half_written_goes_with_the_next_run(tmp_path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    names = {f".rwkv-1.pth.{dead.pid}.tmp", f".merged.pth.{os.getpid()}.tmp", ".a.b.tmp"}
+    for name in names:
+        (tmp_path / name).touch()
+    with Run(tmp_path).lock():
+        assert {path.name for path in tmp_path.glob(".*.tmp")} == names - {f".rwkv-1.pth.{dead.pid}.tmp"}
+
+
 def test_settings_go_from_one_notebook_to_the_next(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = Run("runs/first")

@@ -3,7 +3,6 @@
 Dropout needs no random state here: its masks follow from (seed, step, micro-batch, layer), see lora.layers.
 """
 
-import pickle
 from dataclasses import dataclass
 
 import torch
@@ -60,7 +59,7 @@ def load_checkpoint(run: Run) -> Checkpoint | None:
         if values["format"] != FORMAT:
             raise ValueError(f"format {values['format']}")
         return Checkpoint(**values)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as error:
+    except Exception as error:  # torch raises whatever the damage leads to
         raise RunError("the checkpoint cannot be read", where=path,
                        fix="start afresh (start='fresh' keeps the old files aside); saved adapters are not touched"
                        ) from error
@@ -76,14 +75,17 @@ def differences(checkpoint: Checkpoint, settings: Settings) -> list[str]:
             if name not in FREE and then[name] != value]
 
 
-def to_resume(run: Run, settings: Settings, start: str) -> tuple[Checkpoint | None, str]:
-    """The checkpoint that a run goes on from, or None and the reason; `start` as of TrainSession.
+def to_resume(run: Run, settings: Settings, start: str, base: str) -> tuple[Checkpoint | None, str]:
+    """The checkpoint that a run goes on from, or None and the reason. start: as of TrainSession;
+    base: its fingerprint.
 
     Raises RunError where "resume" asks for what cannot be.
     """
     if start == "fresh":
         return None, "start='fresh'"
     saved = load_checkpoint(run)
+    if saved and saved.base == base:  # wherever its file lies now
+        settings = config.replace(settings, load_model=saved.settings["train"]["load_model"])
     if saved is None:
         reason = "it had no checkpoint"
     elif changed := differences(saved, settings):

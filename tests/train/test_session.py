@@ -5,6 +5,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import threading
 from types import SimpleNamespace
 
@@ -187,6 +188,15 @@ def test_a_run_that_began_with_relative_paths_is_found_again(tmp_path, settings,
     session.stop()
     session.join()
     assert train(tmp_path / "run", None, start="resume").status == "finished"
+
+
+def test_a_base_that_was_moved_is_the_same_base(tmp_path, settings):
+    session = TrainSession(tmp_path / "run", settings).start()
+    until(lambda: session.snapshot().step >= 2)
+    session.stop()
+    session.join()
+    moved = shutil.copy(settings.train.load_model, tmp_path / "moved.pth")
+    assert train(tmp_path / "run", replace(settings, load_model=str(moved)), start="resume").status == "finished"
 
 
 def test_a_held_out_loss_that_begins_with_nan_still_finds_the_best_adapter(tmp_path, settings, monkeypatch):
