@@ -16,7 +16,7 @@ from ..runs import Run, atomic_path
 FORMAT = 2
 # What may change between a checkpoint and its resumption: where it runs, what is watched, what is written,
 # and what needs less memory for the same numbers (the order of the data does not depend on micro_bsz).
-FREE = {*config.field_names(LiveSettings()), "proj_dir", "checkpoint_seconds", "devices", "num_nodes", "node_rank",
+FREE = {*config.values(LiveSettings()), "proj_dir", "checkpoint_seconds", "devices", "num_nodes", "node_rank",
         "master_addr", "strategy", "eval_file", "early_stop", "spike_factor", "on_spike", "wandb", "merge",
         "epoch_save", *SAME_NUMBERS}
 

@@ -206,8 +206,8 @@ def work(plan: Path) -> int:
                 order = json.loads(line)
                 getattr(session, order["do"])(**order["values"])
             obeyed = len(lines)
-            told = dataclasses.asdict(dataclasses.replace(now, rows=()))
-            write_text(folder / "status.json", json.dumps({k: v for k, v in told.items() if k != "rows"}))
+            told = dataclasses.replace(now, rows=())    # those are in metrics.jsonl
+            write_text(folder / "status.json", json.dumps(dataclasses.asdict(told)))
         if now.done:
             break
         time.sleep(SECONDS)

@@ -4,7 +4,6 @@ import json
 import math
 import os
 from datetime import datetime
-from pathlib import Path
 
 from .. import config
 from ..errors import RunError
@@ -58,7 +57,7 @@ class Logs:
     def _append(self, name: str, text: str) -> None:
         if not self._write:
             return
-        path: Path = self._files[name]
+        path = self._files[name]
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "a", encoding="utf-8") as f:

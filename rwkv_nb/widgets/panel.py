@@ -10,7 +10,7 @@ import time
 
 import ipywidgets as widgets
 
-from ..config import LiveSettings, leaf_fields
+from ..config import LiveSettings, leaf_fields, values
 from ..errors import RwkvNbError
 from ..train.launch import LaunchedSession
 from ..train.session import DONE, Snapshot, TrainSession
@@ -19,7 +19,7 @@ from .common import button
 from .panel_form import setting_input, shell_command
 from .plots import loss_figure, png
 
-LIVE = tuple(field.name for field in leaf_fields(LiveSettings()))    # lr_init, which has the slider, is the first
+LIVE = tuple(values(LiveSettings()))    # lr_init, which has the slider, is the first
 SHOWN, WRAPPED = 3, {"flex_flow": "row wrap"}                        # so many are in sight, the others fold out
 SECOND = 1.0             # between two paints
 FIGURE_SHARE = 0.03      # painting the figure takes no more of the time: drawing holds Python's lock
