@@ -93,7 +93,7 @@ def _execute(path: Path, run: Run) -> bool:
                 place = f"cell {number} of {len(code)}"
                 with line.following(place, cell, run):
                     client.execute_cell(cell, i)
-    except (CellExecutionError, DeadKernelError, KeyboardInterrupt) as error:
+    except (CellExecutionError, RuntimeError, KeyboardInterrupt) as error:
         line.say("stopped" if isinstance(error, KeyboardInterrupt) else "failed", keep=True)
         source = cell.source if cell else "(its kernel was starting)"
         print(f"\n{path.name}, code {place}:\n\n{textwrap.indent(source, '    ')}\n\n"
@@ -111,7 +111,7 @@ def _reason(error: BaseException) -> str:
         return f"{error.ename}: {error.evalue}"
     if isinstance(error, KeyboardInterrupt):
         return "stopped by Ctrl-C"
-    return "its kernel died (out of memory is the usual reason)"
+    return "its kernel died (out of memory is the usual reason)" if isinstance(error, DeadKernelError) else str(error)
 
 
 class _Line:
