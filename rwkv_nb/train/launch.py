@@ -65,7 +65,8 @@ class LaunchedSession(Waiting):
         self.settings = settings or self.run.settings()
         config.check_together(self.settings)
         self._options = {"prompts": list(prompts), "start": start, "max_tokens": max_tokens}
-        self._live, self._paused, self._process, self._started = self.settings.train.live, False, None, False
+        self._live, self._process, self._started = self.settings.train.live, None, False
+        self.paused = False                # from pause() to resume()
         self._rows, self._read, self._reading = [], 0, threading.Lock()  # a cell and a panel read at once
         self._file = {name: self.run.folder / name for name in ("control.jsonl", "status.json")}
         node = self.settings.train.node_rank
@@ -77,7 +78,7 @@ class LaunchedSession(Waiting):
             raise RunError("this session has been started already", where=self.run.folder, fix="make a new one")
         if self.run.in_use():
             self._started = True
-            self._paused = self.snapshot().status == "paused"
+            self.paused = self.snapshot().status == "paused"
         else:
             self._launch(self.settings.train)
             self._started = True      # only now: what kept it from starting can be mended, and start() called again
@@ -101,18 +102,13 @@ class LaunchedSession(Waiting):
 
     def pause(self) -> None:
         """Hold every process after the optimizer step that is under way."""
-        self._paused = True
+        self.paused = True
         self._send("pause")
 
     def resume(self) -> None:
         """Go on after pause()."""
-        self._paused = False
+        self.paused = False
         self._send("resume")
-
-    @property
-    def paused(self) -> bool:
-        """From pause() to resume()."""
-        return self._paused
 
     def stop(self) -> None:
         """Save a checkpoint and an adapter after the step under way, then end all processes."""

@@ -54,13 +54,14 @@ class TrainPanel(widgets.VBox):
     # -- controls ------------------------------------------------------------------------------------------------
 
     def _make_controls(self, live: LiveSettings) -> None:
-        self.start = button("Start", lambda: self._ask(self._session.start), icon="play", style="success",
+        session = self._session
+        self.start = button("Start", lambda: self._ask(session.start), icon="play", style="success",
                             tooltip="begin to train")
-        self.pause = button("Pause", lambda: self._ask(self._pause), icon="pause",
-                            tooltip="hold after the step that is under way; press again to go on")
+        self.pause = button("Pause", lambda: self._ask(session.resume if session.paused else session.pause),
+                            icon="pause", tooltip="hold after the step that is under way; press again to go on")
         self.stop = button("Stop", lambda: self._ask(self._stop), icon="stop", style="danger",
                            tooltip="save an adapter and a checkpoint, then end; a later session goes on from there")
-        self.save = button("Save now", lambda: self._ask(self._session.save_now), icon="save",
+        self.save = button("Save now", lambda: self._ask(session.save_now), icon="save",
                            tooltip="save an adapter after the step under way, and let it answer the prompts")
 
         fields = {field.name: field for field in leaf_fields(live)}
@@ -87,12 +88,6 @@ class TrainPanel(widgets.VBox):
         except (RwkvNbError, OSError) as error:
             self._complaint = html.error_html(error)
         self._wake.set()
-
-    def _pause(self) -> None:
-        if self._session.paused:
-            self._session.resume()
-        else:
-            self._session.pause()
 
     def _stop(self) -> None:
         self._stopping = True
