@@ -140,7 +140,7 @@ def _peft_config(text: str) -> dict:
         values = dict(json.loads(text))
     except (ValueError, TypeError):
         raise argparse.ArgumentTypeError(f"not JSON: {text!r}; quote it: '{{\"r\":32,\"lora_alpha\":64}}'") from None
-    known = [*config.field_names(LoraSettings()), "lora_dropout"]
+    known = [*config.values(LoraSettings()), "lora_dropout"]
     for name in set(values) - set(known):
         raise argparse.ArgumentTypeError(f"{did_you_mean(name, known)} known keys: {', '.join(known)}".lstrip())
     return values
@@ -151,7 +151,7 @@ def settings_from(arguments: argparse.Namespace) -> tuple[Run, Settings]:
 
     Raises SettingsError where proj_dir is missing, or flags and peft_config say different.
     """
-    known, lora = config.field_names(Settings()), arguments.peft_config or {}
+    known, lora = config.values(Settings()), arguments.peft_config or {}
     flags = {name: value for name, value in vars(arguments).items() if name in known}
     for name in lora:
         if flags.get(name, lora[name]) != lora[name]:

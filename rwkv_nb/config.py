@@ -7,10 +7,10 @@ documentation are made from it. Names are the tutorial's own (`--micro_bsz`, `--
 from dataclasses import dataclass
 
 from .errors import SettingsError
-from .fields import check, field_names, from_dict, leaf_fields, option, replace, to_json, values
+from .fields import check, from_dict, leaf_fields, option, replace, to_json, values
 
 __all__ = ["PRESETS", "STRATEGIES", "DataSettings", "LiveSettings", "LoraSettings", "Settings", "TrainSettings",
-           "check", "check_together", "field_names", "from_dict", "leaf_fields", "replace", "to_json", "values"]
+           "check", "check_together", "from_dict", "leaf_fields", "replace", "to_json", "values"]
 
 STRATEGIES = ("auto", "ddp", *(f"deepspeed_stage_{stage}{how}" for stage in (1, 2, 3) for how in ("", "_offload")))
 
@@ -229,7 +229,8 @@ class Settings:
 
 
 def check_together(settings: Settings) -> None:
-    """Raise SettingsError where two settings contradict each other."""
+    """Raise SettingsError where a setting is wrong by itself, as check() does, or two contradict each other."""
+    check(settings)
     t = settings.train
     zero = t.devices * t.num_nodes > 1 and t.strategy.startswith("deepspeed")
     parted = zero and t.strategy.startswith("deepspeed_stage_3")

@@ -33,11 +33,6 @@ def leaf_fields(settings) -> list[dataclasses.Field]:
     return [f for f, _ in _leaves(settings)]
 
 
-def field_names(settings) -> list[str]:
-    """Names of all leaf fields of nested settings, in order."""
-    return list(values(settings))
-
-
 def values(settings) -> dict[str, Any]:
     """Values of all leaf fields of nested settings by name, in order."""
     return {f.name: value for f, value in _leaves(settings)}
@@ -73,7 +68,7 @@ def replace(settings, **changes):
 
     Raises SettingsError for a name that no field has (with the nearest right one) or a bad value.
     """
-    known = field_names(settings)
+    known = values(settings)
     for name in changes:
         if name not in known:
             raise SettingsError(f"there is no setting {name!r}", where=name,

@@ -19,7 +19,7 @@ from jupyter_client.kernelspec import KernelSpecManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 
-from .errors import RunError
+from .errors import RunError, SettingsError
 from .runs import Run, write_text
 from .words import duration_text
 
@@ -93,7 +93,7 @@ def _execute(path: Path, run: Run) -> bool:
                 place = f"cell {number} of {len(code)}"
                 with line.following(place, cell, run):
                     client.execute_cell(cell, i)
-    except (CellExecutionError, DeadKernelError, KeyboardInterrupt) as error:
+    except (CellExecutionError, RuntimeError, KeyboardInterrupt) as error:
         line.say("stopped" if isinstance(error, KeyboardInterrupt) else "failed", keep=True)
         source = cell.source if cell else "(its kernel was starting)"
         print(f"\n{path.name}, code {place}:\n\n{textwrap.indent(source, '    ')}\n\n"
@@ -111,7 +111,7 @@ def _reason(error: BaseException) -> str:
         return f"{error.ename}: {error.evalue}"
     if isinstance(error, KeyboardInterrupt):
         return "stopped by Ctrl-C"
-    return "its kernel died (out of memory is the usual reason)"
+    return "its kernel died (out of memory is the usual reason)" if isinstance(error, DeadKernelError) else str(error)
 
 
 class _Line:
@@ -155,7 +155,7 @@ class _Line:
 
 def _sign_of_life(cell, run: Run, seconds: float) -> str:
     """The latest of a cell that has run for so long: the training's step, or the last line it printed."""
-    with contextlib.suppress(OSError, IndexError):
+    with contextlib.suppress(OSError, IndexError, SettingsError):
         if time.time() - run.metrics_file.stat().st_mtime < seconds:   # written while this cell runs
             row = [row for row in run.metrics() if "loss" in row][-1]
             return (f"training: step {row['step']} · epoch {row['epoch']:.2f} of {run.settings().train.epoch_count} · "

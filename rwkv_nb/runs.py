@@ -84,6 +84,12 @@ def path_settings(settings: config.Settings) -> dict[str, str]:
     return {name: values[name] for name in names if values[name]}
 
 
+def absolute(settings: config.Settings) -> config.Settings:
+    """The same settings with absolute paths: any folder finds what they name. Raises SettingsError for bad values."""
+    config.check(settings)
+    return config.replace(settings, **{name: os.path.abspath(path) for name, path in path_settings(settings).items()})
+
+
 class Run:
     """The folder `runs/<name>/` and the names of what is in it. It is a path itself, so Run(run) is the same run."""
 
@@ -126,22 +132,22 @@ class Run:
         return found[-1]
 
     def settings(self) -> config.Settings:
-        """settings.json, or the defaults where there is none. Raises SettingsError on a damaged file."""
+        """settings.json, or the defaults where there is none. Raises SettingsError for a damaged file."""
         if not self.settings_file.exists():
             return config.Settings()
         try:
-            values = json.loads(self.settings_file.read_text(encoding="utf-8"))
+            settings = config.from_dict(config.Settings, json.loads(self.settings_file.read_text(encoding="utf-8")))
+            config.check(settings)
+            return settings
+        except SettingsError as error:
+            raise SettingsError(error.what, where=self.settings_file, fix=error.fix) from error
         except (OSError, ValueError) as error:
             raise SettingsError(f"settings cannot be read ({error})", where=self.settings_file,
                                 fix="mend the JSON or delete the file and run 01_prepare_data again") from error
-        return config.from_dict(config.Settings, values)
 
     def save_settings(self, settings: config.Settings) -> None:
-        """Check and write settings.json whole; paths become absolute, so that any notebook finds them."""
-        config.check(settings)
-        paths = {name: os.path.abspath(value) for name, value in path_settings(settings).items()}
-        settings = config.replace(settings, **paths)
-        write_text(self.settings_file, config.to_json(settings) + "\n")
+        """Check and write settings.json whole; paths become absolute."""
+        write_text(self.settings_file, config.to_json(absolute(settings)) + "\n")
 
     def update(self, **changes) -> config.Settings:
         """Change some settings by name, write settings.json, return all of them."""
@@ -179,24 +185,34 @@ class Run:
         try:
             with self.lock():
                 return False
-        except RunError:
+        except RunError as error:
+            if not isinstance(error.__cause__, BlockingIOError):
+                raise
             return True
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the folder for one training process; the system frees it if that process dies.
 
-        Raises RunError when another one holds it.
+        Raises RunError when another one holds it, and where it cannot be written.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / ".lock", "a+") as f:
+        with contextlib.ExitStack() as held:
             try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                f = held.enter_context(open(self.folder / ".lock", "a+"))
                 fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
+                f.truncate(0)
+                f.write(str(os.getpid()))
+                f.flush()
+                for path in self.folder.glob(".*.tmp"):    # what processes that were killed had half written
+                    pid = path.name.split(".")[-2]
+                    if pid.isdigit() and not Path("/proc", pid).exists():
+                        path.unlink(missing_ok=True)
+            except BlockingIOError as error:
                 f.seek(0)
                 raise RunError(f"another training run uses this folder (process {f.read().strip() or '?'})",
                                where=self.folder, fix="stop that run, or give this one another name") from error
-            f.truncate(0)
-            f.write(str(os.getpid()))
-            f.flush()
+            except OSError as error:
+                raise RunError(f"this folder cannot be written ({error.strerror})", where=self.folder,
+                               fix="choose another folder, or free some disk space") from error
             yield

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from rwkv_nb.errors import RunError
-from rwkv_nb.notebook_runner import run_notebooks
+from rwkv_nb.notebook_runner import _sign_of_life, run_notebooks
 from rwkv_nb.runs import Run
 
 
@@ -48,6 +48,24 @@ def test_a_kernel_that_dies_is_named(tmp_path, capsys):
     write(tmp_path / "notebooks", "00_a.ipynb", "import os; os._exit(1)")
     assert run_notebooks(tmp_path / "notebooks") == 1
     assert "kernel died" in capsys.readouterr().err
+
+
+def test_a_kernel_that_does_not_start_is_said(tmp_path, capsys, monkeypatch):
+    def setup_kernel(client):
+        raise RuntimeError("Kernel didn't respond in 60 seconds")
+
+    monkeypatch.setattr("nbclient.NotebookClient.setup_kernel", setup_kernel)
+    write(tmp_path / "notebooks", "00_a.ipynb", "1 + 1")
+    assert run_notebooks(tmp_path / "notebooks") == 1
+    said = capsys.readouterr().err
+    assert "its kernel was starting" in said and "didn't respond" in said
+
+
+def test_a_broken_settings_file_does_not_end_the_progress(tmp_path):
+    run = Run(tmp_path)
+    run.metrics_file.write_text('{"step": 3, "epoch": 0.5, "loss": 1.0}\n')
+    run.settings_file.write_text("{")
+    assert _sign_of_life(new_code_cell(outputs=[new_output("stream", text="one\ntwo\n")]), run, 1e9) == "two"
 
 
 def test_ctrl_c_stops_the_run_and_its_kernel_and_keeps_what_ran(tmp_path):

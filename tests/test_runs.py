@@ -102,6 +102,25 @@ def test_one_run_at_a_time(tmp_path):
         holder.communicate()
 
 
+def test_a_folder_that_cannot_be_written_is_said(tmp_path):
+    (tmp_path / "a file").touch()
+    run = Run(tmp_path / "a file" / "run")
+    with pytest.raises(RunError, match="a file/run: this folder cannot be written"), run.lock():
+        pass
+    with pytest.raises(RunError, match="cannot be written"):   # and nobody uses it
+        run.in_use()
+
+
+def test_what_a_killed_process_had_half_written_goes_with_the_next_run(tmp_path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    names = {f".rwkv-1.pth.{dead.pid}.tmp", f".merged.pth.{os.getpid()}.tmp", ".a.b.tmp"}
+    for name in names:
+        (tmp_path / name).touch()
+    with Run(tmp_path).lock():
+        assert {path.name for path in tmp_path.glob(".*.tmp")} == names - {f".rwkv-1.pth.{dead.pid}.tmp"}
+
+
 def test_settings_go_from_one_notebook_to_the_next(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = Run("runs/first")
@@ -113,11 +132,11 @@ def test_settings_go_from_one_notebook_to_the_next(tmp_path, monkeypatch):
     assert Run(tmp_path / "runs" / "first").settings().data.data_file == str(tmp_path / "data" / "a.jsonl")
 
 
-@pytest.mark.parametrize("text", ["", "{", "null", '{"lora": {"rank": 1}}', "\x00\x00"])
+@pytest.mark.parametrize("text", ["", "{", "null", '{"lora": {"rank": 1}}', '{"lora": {"r": "8"}}', "\x00\x00"])
 def test_damaged_settings_are_refused_and_kept(tmp_path, text):
     run = Run(tmp_path)
     run.settings_file.write_text(text)
-    with pytest.raises(SettingsError):
+    with pytest.raises(SettingsError, match="settings.json: "):
         run.update(r=4)
     assert run.settings_file.read_text() == text
 

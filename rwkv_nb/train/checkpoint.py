@@ -3,7 +3,6 @@
 Dropout needs no random state here: its masks follow from (seed, step, micro-batch, layer), see lora.layers.
 """
 
-import pickle
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +16,7 @@ from ..runs import Run, atomic_path
 FORMAT = 2
 # What may change between a checkpoint and its resumption: where it runs, what is watched, what is written,
 # and what needs less memory for the same numbers (the order of the data does not depend on micro_bsz).
-FREE = {*config.field_names(LiveSettings()), "proj_dir", "checkpoint_seconds", "devices", "num_nodes", "node_rank",
+FREE = {*config.values(LiveSettings()), "proj_dir", "checkpoint_seconds", "devices", "num_nodes", "node_rank",
         "master_addr", "strategy", "eval_file", "early_stop", "spike_factor", "on_spike", "wandb", "merge",
         "epoch_save", *SAME_NUMBERS}
 
@@ -60,7 +59,7 @@ def load_checkpoint(run: Run) -> Checkpoint | None:
         if values["format"] != FORMAT:
             raise ValueError(f"format {values['format']}")
         return Checkpoint(**values)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as error:
+    except Exception as error:  # torch raises whatever the damage leads to
         raise RunError("the checkpoint cannot be read", where=path,
                        fix="start afresh (start='fresh' keeps the old files aside); saved adapters are not touched"
                        ) from error
@@ -76,14 +75,17 @@ def differences(checkpoint: Checkpoint, settings: Settings) -> list[str]:
             if name not in FREE and then[name] != value]
 
 
-def to_resume(run: Run, settings: Settings, start: str) -> tuple[Checkpoint | None, str]:
-    """The checkpoint that a run goes on from, or None and the reason; `start` as of TrainSession.
+def to_resume(run: Run, settings: Settings, start: str, base: str) -> tuple[Checkpoint | None, str]:
+    """The checkpoint that a run goes on from, or None and the reason. start: as of TrainSession;
+    base: its fingerprint.
 
     Raises RunError where "resume" asks for what cannot be.
     """
     if start == "fresh":
         return None, "start='fresh'"
     saved = load_checkpoint(run)
+    if saved and saved.base == base:  # wherever its file lies now
+        settings = config.replace(settings, load_model=saved.settings["train"]["load_model"])
     if saved is None:
         reason = "it had no checkpoint"
     elif changed := differences(saved, settings):

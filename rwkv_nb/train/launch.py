@@ -41,7 +41,7 @@ def session_for(run: Run | str, settings: Settings | None = None, **options) -> 
 
     A run that is at work already is followed: a notebook's cell that runs again shows the same training once more.
     """
-    run = run if isinstance(run, Run) else Run(run)
+    run = Run(run)
     here = [thread.session for thread in threading.enumerate() if hasattr(thread, "session")]
     for session in here if options.get("start", "auto") == "auto" else ():
         if session.run.folder.resolve() == run.folder.resolve() and not session.snapshot().done:
@@ -61,13 +61,13 @@ class LaunchedSession(Waiting):
 
     def __init__(self, run: Run | str, settings: Settings | None = None, *, prompts: Sequence[str] = (),
                  start: str = "auto", max_tokens: int = 60):
-        self.run = run if isinstance(run, Run) else Run(run)
+        self.run = Run(run)
         self.settings = settings or self.run.settings()
-        config.check(self.settings)
         config.check_together(self.settings)
         self._options = {"prompts": list(prompts), "start": start, "max_tokens": max_tokens}
-        self._live, self._paused, self._process, self._started = self.settings.train.live, False, None, False
-        self._rows, self._read = [], 0
+        self._live, self._process, self._started = self.settings.train.live, None, False
+        self.paused = False                # from pause() to resume()
+        self._rows, self._read, self._reading = [], 0, threading.Lock()  # a cell and a panel read at once
         self._file = {name: self.run.folder / name for name in ("control.jsonl", "status.json")}
         node = self.settings.train.node_rank
         self._plan, self._log = (self.run.folder / f"launch-{node}.{kind}" for kind in ("json", "log"))
@@ -76,22 +76,25 @@ class LaunchedSession(Waiting):
         """Start the processes and return at once; where they are at work on this folder already, follow them."""
         if self._started:
             raise RunError("this session has been started already", where=self.run.folder, fix="make a new one")
-        self._started = True
         if self.run.in_use():
-            return self
-        t = self.settings.train
+            self._started = True
+            self.paused = self.snapshot().status == "paused"
+        else:
+            self._launch(self.settings.train)
+            self._started = True      # only now: what kept it from starting can be mended, and start() called again
+        return self
+
+    def _launch(self, t: config.TrainSettings) -> None:
         pick_device(t.accelerator, t.devices - 1)     # what is not there is said now
-        self.run.folder.mkdir(parents=True, exist_ok=True)
+        command = [*torchrun(t), "-m", "rwkv_nb.train.launch", str(self._plan)]
         if not t.node_rank:
             for path in self._file.values():
                 path.unlink(missing_ok=True)
         write_text(self._plan, json.dumps({"settings": dataclasses.asdict(self.settings), **self._options}))
         threads = str(max(1, len(os.sched_getaffinity(0)) // t.devices))  # torchrun would give each process one
         with open(self._log, "w", encoding="utf-8") as log:
-            self._process = subprocess.Popen(
-                [*torchrun(t), "-m", "rwkv_nb.train.launch", str(self._plan)], stdout=log, stderr=log,
-                stdin=subprocess.DEVNULL, start_new_session=True, env={"OMP_NUM_THREADS": threads, **os.environ})
-        return self
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+                                             start_new_session=True, env={"OMP_NUM_THREADS": threads, **os.environ})
 
     def _send(self, what: str, **values) -> None:
         with open(self._file["control.jsonl"], "a", encoding="utf-8") as f:
@@ -99,18 +102,13 @@ class LaunchedSession(Waiting):
 
     def pause(self) -> None:
         """Hold every process after the optimizer step that is under way."""
-        self._paused = True
+        self.paused = True
         self._send("pause")
 
     def resume(self) -> None:
         """Go on after pause()."""
-        self._paused = False
+        self.paused = False
         self._send("resume")
-
-    @property
-    def paused(self) -> bool:
-        """From pause() to resume()."""
-        return self._paused
 
     def stop(self) -> None:
         """Save a checkpoint and an adapter after the step under way, then end all processes."""
@@ -131,33 +129,29 @@ class LaunchedSession(Waiting):
 
     def snapshot(self) -> Snapshot:
         """The run as its first process last wrote it down."""
-        told = {"status": "preparing" if self._started else "ready"}
-        alive = self._process.poll() is None if self._process else self._started and self.run.in_use()
-        with contextlib.suppress(OSError, ValueError):
-            told = json.loads(self._file["status.json"].read_text(encoding="utf-8")) if self._started else told
-        if self._started and not alive and told["status"] not in DONE:
-            well = self._process and self._process.returncode == 0      # a machine that has not the first process
-            told["status"] = "finished" if well else "failed"
+        told = {"status": "ready"}
+        if self._started:
+            told, alive = {"status": "preparing"}, self._process.poll() is None if self._process else self.run.in_use()
+            with contextlib.suppress(OSError, ValueError):
+                told = json.loads(self._file["status.json"].read_text(encoding="utf-8"))
+            if not alive and told["status"] not in DONE:
+                well = self._process and self._process.returncode == 0      # a machine that has not the first process
+                told["status"] = "finished" if well else "failed"
         if told["status"] == "failed":
             told["error"] = self._last_words()
-        live = told.pop("live", None)
+        live, early = told.pop("live", None), told["status"] in ("ready", "preparing")
         return Snapshot(**{
             "step": 0, "total_steps": 0, "epochs": 0.0, "notices": (), "files": (), "seconds_left": None, "error": "",
-            **told, "rows": self._new_rows(), "samples": tuple(Sample(**s) for s in told.get("samples", ())),
-            "live": config.from_dict(LiveSettings, live) if live else self._live})
+            **told, "rows": () if early else self._new_rows(), "live": config.from_dict(LiveSettings, live) if live
+            else self._live, "samples": tuple(Sample(**s) for s in told.get("samples", ()))})
 
     def _new_rows(self) -> tuple[dict, ...]:
-        """metrics.jsonl, of which only what is new is read; a resumed run begins by cutting it."""
-        path = self.run.metrics_file
-        size = path.stat().st_size if self._started and path.exists() else 0
-        if size < self._read:
-            self._rows, self._read = [], 0
-        if size > self._read:
-            with open(path, "rb") as f:
-                f.seek(self._read)
-                whole = f.read().rpartition(b"\n")[0]
+        """metrics.jsonl, of which only what is new is read; while a run prepares it may still be cut or set aside."""
+        with self._reading, contextlib.suppress(FileNotFoundError), open(self.run.metrics_file, "rb") as f:
+            f.seek(self._read)
+            whole, end, _ = f.read().rpartition(b"\n")
             self._rows += [json.loads(line) for line in whole.splitlines()]
-            self._read += len(whole) + 1 if whole else 0
+            self._read += len(whole) + len(end)
         return tuple(self._rows)
 
     def _last_words(self) -> str:
@@ -208,8 +202,8 @@ def work(plan: Path) -> int:
                 order = json.loads(line)
                 getattr(session, order["do"])(**order["values"])
             obeyed = len(lines)
-            told = dataclasses.asdict(dataclasses.replace(now, rows=()))
-            write_text(folder / "status.json", json.dumps({k: v for k, v in told.items() if k != "rows"}))
+            told = dataclasses.replace(now, rows=())    # those are in metrics.jsonl
+            write_text(folder / "status.json", json.dumps(dataclasses.asdict(told)))
         if now.done:
             break
         time.sleep(SECONDS)

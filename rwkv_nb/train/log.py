@@ -4,7 +4,6 @@ import json
 import math
 import os
 from datetime import datetime
-from pathlib import Path
 
 from .. import config
 from ..errors import RunError
@@ -44,8 +43,8 @@ class Logs:
         return {name: path.stat().st_size if path.exists() else 0 for name, path in self._files.items()}
 
     def cut(self, sizes: dict[str, int]) -> None:
-        """Drop everything behind the given sizes."""
-        for name, size in sizes.items():
+        """Drop everything behind the given sizes; in one process alone, others may have written meanwhile."""
+        for name, size in sizes.items() if self._write else ():
             path = self._files[name]
             if path.exists() and path.stat().st_size > size:
                 os.truncate(path, size)
@@ -58,7 +57,7 @@ class Logs:
     def _append(self, name: str, text: str) -> None:
         if not self._write:
             return
-        path: Path = self._files[name]
+        path = self._files[name]
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "a", encoding="utf-8") as f:

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..config import LiveSettings, Settings, TrainSettings, check, check_together
+from ..config import LiveSettings, Settings, TrainSettings, check_together
 from ..data.batches import Batch, Batches
 from ..data.sources import open_split
 from ..errors import SettingsError, TrainingError
@@ -100,7 +100,6 @@ class Trainer:
     """
 
     def __init__(self, run: Run, settings: Settings, ranks: Ranks | None = None):
-        check(settings)
         check_together(settings)
         t = settings.train
         for name, value in (("load_model", t.load_model), ("data_file", settings.data.data_file or
@@ -292,12 +291,10 @@ class Trainer:
             return torch.cuda.max_memory_allocated(self.device)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-    def end_epoch(self, lr: float) -> float:
-        """Write the epoch's line in train_log.txt; returns its mean loss."""
-        loss = self.epoch_loss[0] / max(self.epoch_loss[1], 1)
-        self.logs.epoch(self.epoch, loss, lr)
+    def end_epoch(self, lr: float) -> None:
+        """Write the epoch's line in train_log.txt."""
+        self.logs.epoch(self.epoch, self.epoch_loss[0] / max(self.epoch_loss[1], 1), lr)
         self.epoch_loss = [0.0, 0]
-        return loss
 
     def save(self, name: int | str) -> list[Path]:
         """Save adapter-{name}.safetensors and, at an epoch's end with merge=1, rwkv-{name}.pth. Returns the files.

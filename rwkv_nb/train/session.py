@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -17,11 +18,11 @@ from .. import config
 from ..config import LiveSettings, Settings
 from ..errors import SettingsError, TrainingError
 from ..fit import TOO_LARGE, words
-from ..runs import Run, write_text
+from ..memory import rows
+from ..runs import Run, absolute, write_text
 from .before import description, notices, quant_notice
 from .checkpoint import Checkpoint, load_checkpoint, to_resume
 from .controls import Controls
-from .heldout import judge
 from .log import as_it_was
 from .loop import Trainer
 from .ranks import Ranks
@@ -54,9 +55,8 @@ class TrainSession(Controls):
                  ranks: Ranks | None = None, ask: bool = True):
         if start not in ("auto", "resume", "fresh"):
             raise SettingsError(f"start cannot be {start!r}", where="start", fix="use auto, resume or fresh")
-        run = run if isinstance(run, Run) else Run(run)
-        settings = settings or run.settings()
-        config.check(settings)
+        run = Run(run)
+        settings = absolute(settings or run.settings())   # as settings.json has them: a checkpoint knows its own again
         config.check_together(settings)
         super().__init__(run, settings)
         self.prompts, self._start_from, self._max_tokens = tuple(prompts), start, max_tokens
@@ -71,7 +71,7 @@ class TrainSession(Controls):
         into: the new run's folder, by default `replay` inside the old one. On a CPU, with as many threads, its losses
         are the same bit for bit. Raises RunError where nothing was started.
         """
-        run = run if isinstance(run, Run) else Run(run)
+        run = Run(run)
         began, planned = as_it_was(run)
         return cls(into or run.folder / "replay", began, start="fresh", planned=planned, **options)
 
@@ -115,7 +115,7 @@ class TrainSession(Controls):
 
     def _choose_start(self) -> Checkpoint | None:
         """The checkpoint to go on from, or None for a new run, the earlier one's files moved aside."""
-        saved, reason = to_resume(self.run, self.settings, self._start_from)
+        saved, reason = to_resume(self.run, self.settings, self._start_from, self.trainer.base)
         if saved:
             self._tell(f"resumed after step {saved.step}")
         elif moved := self.run.set_aside():
@@ -125,15 +125,16 @@ class TrainSession(Controls):
     def _restore_live(self, saved: Checkpoint) -> None:
         """Live settings as they were, and on top of them what was changed in settings.json since.
 
-        Another micro_bsz leaves each step as large as it was, unless accumulate_grad_batches was changed with it.
+        Another micro_bsz, or number of devices, leaves each step as large as it was, unless accumulate_grad_batches was
+        changed with it.
         """
-        then, now = config.from_dict(Settings, saved.settings).train, self.settings.train
-        began, live, name = config.values(then.live), saved.live_settings(), "accumulate_grad_batches"
+        then = config.from_dict(Settings, saved.settings)
+        began, live, name = config.values(then.train.live), saved.live_settings(), "accumulate_grad_batches"
         asked = {key: value for key, value in config.values(self._live).items() if value != began[key]}
-        if then.micro_bsz != now.micro_bsz and name not in asked:
-            live = self._as_large(live, then.micro_bsz)
-            self._tell(f"micro_bsz is {now.micro_bsz} now, {then.micro_bsz} before: {name} "
-                       f"{live.accumulate_grad_batches} keeps each step as large")
+        if _at_once(then) != _at_once(self.settings) and name not in asked:
+            live = self._as_large(live, then)
+            self._tell(f"{_at_once(self.settings)} documents are worked on at once now, {_at_once(then)} before: "
+                       f"{name} {live.accumulate_grad_batches} keeps each step as large")
         self._live_from(live, config.replace(live, **asked))
 
     def _train(self) -> str:
@@ -213,14 +214,14 @@ class TrainSession(Controls):
         free_memory()
         saved = load_checkpoint(self.run)  # on the CPU
         lost = before.step - saved.step
-        then = saved.settings["train"]
+        then = config.from_dict(Settings, saved.settings)
         change = self._take_less(f"in step {before.step + 1}", f"The run goes back {lost} steps, to its checkpoint"
                                  if lost else "Nothing is lost")
         self._build(saved)
         self._rows = self.run.metrics()
-        self._live_from(*(self._as_large(live, then["micro_bsz"]) for live in (saved.live_settings(), self._live)))
+        self._live_from(*(self._as_large(live, then) for live in (saved.live_settings(), self._live)))
         self._row({"step": self.trainer.step, "event": "out of memory", "offer": change})
-        self._tell(*quant_notice(self.settings.train) if self.settings.train.quant != then["quant"] else ())
+        self._tell(*quant_notice(self.settings.train) if self.settings.train.quant != then.train.quant else ())
         self._checkpoint(self._live)      # what is on the disk has the new settings too
 
     def _take_less(self, where: str, outcome: str = "Nothing is lost", **how) -> dict:
@@ -234,7 +235,8 @@ class TrainSession(Controls):
         if self._ask and not self._stop:
             self._go.clear()
         self._status = "paused" if self.paused else "preparing"
-        self._go.wait()
+        while not self._stop and not self._go.wait(0.1):
+            pass                          # stop() may have come a moment before the clear() above
         if self._stop:
             raise Stopped
         self._status = "preparing"
@@ -243,9 +245,9 @@ class TrainSession(Controls):
             self.run.update(**change)     # and leaves what was set in the form meanwhile
         return change
 
-    def _as_large(self, live: LiveSettings, before: int) -> LiveSettings:
-        """`live` with which a step is as large as under the micro_bsz before."""
-        count = max(1, round(live.accumulate_grad_batches * before / self.settings.train.micro_bsz))
+    def _as_large(self, live: LiveSettings, before: Settings) -> LiveSettings:
+        """`live` with which a step is as large as under the settings before."""
+        count = max(1, round(live.accumulate_grad_batches * _at_once(before) / _at_once(self.settings)))
         return config.replace(live, accumulate_grad_batches=count)
 
     # -- between the steps ---------------------------------------------------------------------------------------
@@ -275,12 +277,18 @@ class TrainSession(Controls):
         if now is None:
             return self._tell("WARNING: memory ran out: the held-out loss is left out")
         before = [row["heldout_loss"] for row in self._rows if row.get("event") == "eval"]
-        best, told, stop = judge(before, now, trainer.step, self.settings.train.early_stop)
         self._row({"step": trainer.step, "event": "eval", "heldout_loss": now})
-        self._tell(*told)
-        self._stop |= stop
-        if best:
-            self._save_adapter("best")
+        best = min(filter(math.isfinite, before), default=math.inf)   # a base may begin with NaN
+        if now < best:
+            return self._save_adapter("best")
+        worse = len(before) - before.index(best) if best < math.inf else 0   # evaluations since, this one with them
+        if worse == 2:
+            self._tell(f"WARNING: the held-out loss has turned up: {best:.4f} at its best, {now:.4f} after step "
+                       f"{trainer.step}. From here on the adapter learns the training data by heart; adapter-best is "
+                       "the one to use")
+        if 0 < self.settings.train.early_stop <= worse:
+            self._tell(f"stopped early after step {trainer.step}: {worse} evaluations without a lower held-out loss")
+            self._stop = True
 
     def _checkpoint(self, live: LiveSettings) -> None:
         self.trainer.checkpoint(live)
@@ -326,6 +334,11 @@ class TrainSession(Controls):
         with self._lock:
             self._samples += [Sample(trainer.step, *texts)
                               for texts in zip(self.prompts, self._base_answers, answers, strict=True)]
+
+
+def _at_once(settings: Settings) -> int:
+    """Rows of the micro-batches that all devices work on together."""
+    return rows(settings) * settings.train.devices * settings.train.num_nodes
 
 
 def _due(every: int, step: int) -> bool:

@@ -62,9 +62,10 @@ class Waiting:
 
     def join(self) -> Snapshot:
         """Wait for the end in a script; Ctrl-C stops the run with everything saved."""
-        while not self.snapshot().done:
+        while True:
             try:
+                if self.snapshot().done:
+                    return self.result()
                 time.sleep(0.05)
             except KeyboardInterrupt:
                 self.stop()
-        return self.result()

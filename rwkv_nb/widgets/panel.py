@@ -10,7 +10,7 @@ import time
 
 import ipywidgets as widgets
 
-from ..config import LiveSettings, leaf_fields
+from ..config import LiveSettings, leaf_fields, values
 from ..errors import RwkvNbError
 from ..train.launch import LaunchedSession
 from ..train.session import DONE, Snapshot, TrainSession
@@ -19,7 +19,7 @@ from .common import button
 from .panel_form import setting_input, shell_command
 from .plots import loss_figure, png
 
-LIVE = tuple(field.name for field in leaf_fields(LiveSettings()))    # lr_init, which has the slider, is the first
+LIVE = tuple(values(LiveSettings()))    # lr_init, which has the slider, is the first
 SHOWN, WRAPPED = 3, {"flex_flow": "row wrap"}                        # so many are in sight, the others fold out
 SECOND = 1.0             # between two paints
 FIGURE_SHARE = 0.03      # painting the figure takes no more of the time: drawing holds Python's lock
@@ -36,8 +36,7 @@ class TrainPanel(widgets.VBox):
     def __init__(self, session: TrainSession | LaunchedSession):
         self._session, self._live = session, session.snapshot().live
         self._stopping, self._complaint = False, ""
-        self._lock, self._wake = threading.RLock(), threading.Event()
-        self._painted, self._figure_due = 0, 0.0
+        self._wake, self._painted, self._figure_due = threading.Event(), 0, 0.0
         self._make_controls(self._live)
         self._make_displays()
         super().__init__([
@@ -55,13 +54,14 @@ class TrainPanel(widgets.VBox):
     # -- controls ------------------------------------------------------------------------------------------------
 
     def _make_controls(self, live: LiveSettings) -> None:
-        self.start = button("Start", lambda: self._ask(self._session.start), icon="play", style="success",
+        session = self._session
+        self.start = button("Start", lambda: self._ask(session.start), icon="play", style="success",
                             tooltip="begin to train")
-        self.pause = button("Pause", lambda: self._ask(self._pause), icon="pause",
-                            tooltip="hold after the step that is under way; press again to go on")
+        self.pause = button("Pause", lambda: self._ask(session.resume if session.paused else session.pause),
+                            icon="pause", tooltip="hold after the step that is under way; press again to go on")
         self.stop = button("Stop", lambda: self._ask(self._stop), icon="stop", style="danger",
                            tooltip="save an adapter and a checkpoint, then end; a later session goes on from there")
-        self.save = button("Save now", lambda: self._ask(self._session.save_now), icon="save",
+        self.save = button("Save now", lambda: self._ask(session.save_now), icon="save",
                            tooltip="save an adapter after the step under way, and let it answer the prompts")
 
         fields = {field.name: field for field in leaf_fields(live)}
@@ -85,22 +85,16 @@ class TrainPanel(widgets.VBox):
         try:
             action()
             self._complaint = ""
-        except RwkvNbError as error:
+        except (RwkvNbError, OSError) as error:
             self._complaint = html.error_html(error)
         self._wake.set()
-
-    def _pause(self) -> None:
-        if self._session.paused:
-            self._session.resume()
-        else:
-            self._session.pause()
 
     def _stop(self) -> None:
         self._stopping = True
         self._session.stop()
 
     def _change(self, change) -> None:
-        with self._lock:
+        if threading.current_thread() is not self.painter:  # its values are the session's: what was asked since counts
             self._ask(lambda: self._session.change(**{change.owner.description: change.new}))
 
     # -- painting ------------------------------------------------------------------------------------------------
@@ -115,8 +109,8 @@ class TrainPanel(widgets.VBox):
     def _paint_until_done(self) -> None:
         done = False
         while not done:
-            done = self._session.snapshot().done
             try:
+                done = self._session.snapshot().done
                 self._paint()
             except Exception as error:  # a picture that fails must not take the rest with it
                 self._complaint = self.error.value = html.error_html(error)
@@ -137,18 +131,17 @@ class TrainPanel(widgets.VBox):
 
     def _show_live(self) -> None:
         """Controls follow what was changed elsewhere: by a resumed run, another panel, or code."""
-        with self._lock:
-            before, self._live = self._live, self._session.snapshot().live
-            for name in LIVE:
-                value, control = getattr(self._live, name), getattr(self, name)
-                if value == getattr(before, name) or value == control.value:
+        before, self._live = self._live, self._session.snapshot().live
+        for name in LIVE:
+            value, control = getattr(self._live, name), getattr(self, name)
+            if value == getattr(before, name) or value == control.value:
+                continue
+            if name == "lr_init":
+                if value <= 0:  # a logarithm has no zero
                     continue
-                if name == "lr_init":
-                    if value <= 0:  # a logarithm has no zero
-                        continue
-                    control.min = min(control.min, math.log10(value))
-                    control.max = max(control.max, math.log10(value))
-                control.value = value
+                control.min = min(control.min, math.log10(value))
+                control.max = max(control.max, math.log10(value))
+            control.value = value
 
     def _paint_texts(self, now: Snapshot) -> None:
         session, status = self._session, self._status(now)

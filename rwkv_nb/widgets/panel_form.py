@@ -8,7 +8,7 @@ import ipywidgets as widgets
 
 from .. import config
 from ..config import Settings
-from ..errors import SettingsError
+from ..errors import RwkvNbError
 from ..runs import Run, path_settings
 from .panel_html import error_html
 
@@ -43,12 +43,12 @@ class SettingsForm(widgets.VBox):
         return f"SettingsForm({self._run.name})"
 
     def _write(self, change) -> None:
-        name = next(name for name, widget in self.inputs.items() if widget is change.owner)
+        name = change.owner.description
         try:
             words = isinstance(self._known[name].default, tuple)
             self._run.update(**{name: tuple(change.new.split()) if words else change.new})
             self._message.value = ""
-        except (SettingsError, OSError) as error:
+        except RwkvNbError as error:
             self._message.value = error_html(error)
 
 
@@ -83,9 +83,6 @@ def shell_command(settings: Settings, run: Run, relative_to: str | None = None) 
     values["proj_dir"] = path(run.folder)
     names = ["load_model", "proj_dir", "data_file"]
     names += [name for name in values if name not in names]
-    flags = [shlex.join([f"--{name}", *_words(values[name])]) for name in names if values[name] != defaults[name]]
+    words = {name: value if isinstance(value, tuple) else (value,) for name, value in values.items()}
+    flags = [shlex.join([f"--{name}", *map(str, words[name])]) for name in names if values[name] != defaults[name]]
     return " \\\n    ".join(["rwkv-nb train", *flags])
-
-
-def _words(value) -> list[str]:
-    return [str(part) for part in value] if isinstance(value, tuple) else [str(value)]

@@ -126,7 +126,8 @@ def compare_figure(runs: Mapping[str, Sequence[Mapping]], *, smooth: float | Non
     low.yaxis.set_major_formatter(lambda value, _: _value(value))
     speed.yaxis.set_major_formatter(EngFormatter(sep=""))
     if lines:
-        legend = figure.legend(lines, [_short(name, 28) for name in runs], loc="upper left", ncols=4, frameon=False,
+        names = [name if len(name) <= 28 else name[:27] + "…" for name in runs]
+        legend = figure.legend(lines, names, loc="upper left", ncols=4, frameon=False,
                                prop={"family": _families(), "size": 9})
         for text in legend.get_texts():
             text.set_parse_math(False)
@@ -259,7 +260,3 @@ def _families() -> list[str]:
     """Font families for text that may be Chinese: the first one found here behind matplotlib's own."""
     here = {font.name for font in font_manager.fontManager.ttflist}
     return ["DejaVu Sans", *[name for name in _CJK if name in here][:1]]
-
-
-def _short(text: str, most: int) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"

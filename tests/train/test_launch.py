@@ -1,8 +1,10 @@
 """Two processes on this machine: the same run as one, steered from outside, and nothing lost when one dies."""
 
+import json
 import os
 import signal
 import socket
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -35,6 +37,7 @@ def test_two_processes_equal_one_are_steered_and_go_on_as_one(tmp_path, two):
     until(lambda: session.snapshot().files)
     another = LaunchedSession(session.run).start()
     until(lambda: another.snapshot().status == "paused")     # it follows the run that is there
+    assert another.paused
     session.resume()
     until(lambda: session.snapshot().step >= held + 5)
     session.stop()
@@ -129,6 +132,26 @@ def test_what_stops_a_process_is_said(tmp_path, two):
     with pytest.raises(TrainingError, match="none.jsonl"):
         session.join()
     assert session.snapshot().live.lr_init == 1e-4
+
+
+def test_what_keeps_processes_from_starting_leaves_the_session_ready(tmp_path, two):
+    session = session_for(tmp_path, replace(two, accelerator="gpu", devices=1000))
+    with pytest.raises(SettingsError):
+        session.start()
+    assert session.snapshot().status == "ready"
+
+
+def test_a_cell_and_a_panel_read_each_row_once_and_none_of_an_earlier_run(tmp_path, two):
+    run, rows = Run(tmp_path), [{"step": step, "loss": 1.0} for step in range(20_000)]
+    run.metrics_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "status.json").write_text(json.dumps({"status": "preparing"}))
+    with run.lock():                       # as a run that is there to be followed
+        session = session_for(run, two).start()
+        assert session.snapshot().rows == ()
+        (tmp_path / "status.json").write_text(json.dumps({"status": "training"}))
+        with ThreadPoolExecutor() as threads:
+            seen = [future.result().rows for future in [threads.submit(session.snapshot) for _ in range(4)]]
+    assert all(list(each) == rows for each in seen)
 
 
 def is_worker(pid, folder):

@@ -1,7 +1,13 @@
 """TrainSession as a person uses it: start, change, pause, stop, resume, and what it leaves behind."""
 
 import asyncio
+import contextlib
 import json
+import math
+import os
+import shutil
+import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,11 +17,14 @@ from rwkv_nb.config import replace
 from rwkv_nb.errors import RunError, SettingsError, TrainingError
 from rwkv_nb.lora.adapter import load_adapter
 from rwkv_nb.model import RWKV, Shape, init_weights, load_model, load_weights, save_weights
-from rwkv_nb.runs import Run
+from rwkv_nb.runs import Run, path_settings
 from rwkv_nb.train.before import notices
+from rwkv_nb.train.log import Logs
 from rwkv_nb.train.loop import Trainer
 from rwkv_nb.train.schedule import learning_rate
 from rwkv_nb.train.session import TrainSession
+from rwkv_nb.train.shrink import Stopped
+from rwkv_nb.train.snapshot import Waiting
 
 
 def test_a_run_leaves_logs_adapters_and_a_merged_model(tmp_path, settings, base):
@@ -168,6 +177,74 @@ def test_a_loss_that_is_not_a_number_stops_and_keeps_the_checkpoint(tmp_path, se
     assert session.snapshot().status == "failed"
     saved = torch.load(Run(tmp_path).checkpoint_file, weights_only=True)
     assert all(torch.isfinite(t).all() for t in saved["adapter"].values())
+
+
+def test_a_run_that_began_with_relative_paths_is_found_again(tmp_path, settings, monkeypatch):
+    """The shell's flags name files from the folder where they were typed; a notebook opens settings.json elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    here = {name: os.path.relpath(value) for name, value in path_settings(settings).items()}
+    session = TrainSession("run", replace(settings, **here)).start()
+    until(lambda: session.snapshot().step >= 2)
+    session.stop()
+    session.join()
+    assert train(tmp_path / "run", None, start="resume").status == "finished"
+
+
+def test_a_base_that_was_moved_is_the_same_base(tmp_path, settings):
+    session = TrainSession(tmp_path / "run", settings).start()
+    until(lambda: session.snapshot().step >= 2)
+    session.stop()
+    session.join()
+    moved = shutil.copy(settings.train.load_model, tmp_path / "moved.pth")
+    assert train(tmp_path / "run", replace(settings, load_model=str(moved)), start="resume").status == "finished"
+
+
+def test_a_held_out_loss_that_begins_with_nan_still_finds_the_best_adapter(tmp_path, settings, monkeypatch):
+    losses = iter([math.nan, math.nan, 2.0, 1.0])
+    monkeypatch.setattr(Trainer, "heldout_loss", lambda trainer: next(losses))
+    end = train(tmp_path, replace(settings, heldout=0.1))
+    assert load_adapter(tmp_path / "adapter-best.safetensors").meta.epoch == 3
+    assert not any("turned up" in notice for notice in end.notices)
+
+
+def test_stop_counts_where_a_pause_and_a_lack_of_memory_meet(tmp_path, settings):
+    session = TrainSession(tmp_path, settings, ask=False)
+    session._room = SimpleNamespace(smaller=lambda *_, **__: {"grad_cp": "block"})
+    session.stop()
+    session.pause()
+
+    def run_out_of_memory():
+        with contextlib.suppress(Stopped):
+            session._take_less("in a test")
+
+    waiting = threading.Thread(target=run_out_of_memory, daemon=True)
+    waiting.start()
+    waiting.join(20)
+    assert not waiting.is_alive()
+
+
+def test_ctrl_c_in_the_middle_of_a_look_at_the_run_stops_it_too():
+    class Interrupted(Waiting):
+        stopped = False
+
+        def snapshot(self):
+            if not self.stopped:
+                raise KeyboardInterrupt
+            return SimpleNamespace(done=True)
+
+        def stop(self):
+            self.stopped = True
+
+        def result(self):
+            return "saved"
+
+    assert Interrupted().join() == "saved"
+
+
+def test_one_process_alone_cuts_the_logs(tmp_path, settings):
+    Run(tmp_path).metrics_file.write_text("written by the first process meanwhile")
+    Logs(Run(tmp_path), settings, write=False).cut({"metrics": 0, "train_log": 0})
+    assert Run(tmp_path).metrics_file.stat().st_size > 0
 
 
 def test_wait_leaves_the_event_loop_free(tmp_path, settings):

@@ -281,7 +281,8 @@ def test_several_processes_are_told_what_to_change(tmp_path, settings):
 
 @pytest.mark.parametrize("changes, accumulate, told", [
     ({"grad_cp": "block", "emb_cpu": 1}, 1, None),
-    ({"micro_bsz": 2}, 2, "micro_bsz is 2 now, 4 before: accumulate_grad_batches 2 keeps each step as large"),
+    ({"micro_bsz": 2}, 2,
+     "2 documents are worked on at once now, 4 before: accumulate_grad_batches 2 keeps each step as large"),
     ({"chunk_ctx": 16, "micro_bsz": 1, "accumulate_grad_batches": 4}, 4, None),
 ])
 def test_a_stopped_run_goes_on_with_settings_that_need_less(tmp_path, settings, changes, accumulate, told):
@@ -295,6 +296,18 @@ def test_a_stopped_run_goes_on_with_settings_that_need_less(tmp_path, settings, 
     assert losses == pytest.approx(expected, rel=1e-4)
     assert end.live.accumulate_grad_batches == accumulate
     assert (told in end.notices) if told else not any("keeps each step" in notice for notice in end.notices)
+
+
+def test_a_run_of_two_devices_goes_on_with_one_in_steps_as_large(tmp_path, settings):
+    session = TrainSession(Run(tmp_path), settings).start()
+    until(lambda: session.snapshot().step >= 2)
+    session.stop()
+    session.join()
+    saved = torch.load(Run(tmp_path).checkpoint_file, weights_only=True)
+    saved["settings"]["train"] |= {"devices": 2, "micro_bsz": 2}
+    torch.save(saved, Run(tmp_path).checkpoint_file)
+    end = train(tmp_path, replace(settings, micro_bsz=2), start="resume")
+    assert end.live.accumulate_grad_batches == 2 and end.total_steps == 3 * 8
 
 
 def test_settings_that_contradict_each_other_are_refused_wherever_they_come_from(tmp_path, settings):

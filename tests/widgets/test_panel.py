@@ -1,5 +1,6 @@
 """The panel without a browser: real sessions, widgets moved as a browser moves them."""
 
+import dataclasses
 import time
 
 import pytest
@@ -109,6 +110,45 @@ def test_a_picture_that_fails_leaves_the_controls_alive(panel, monkeypatch):
     panel.stop.click()
     until(lambda: not panel.painter.is_alive())
     assert "stopped" in panel.status.value
+
+
+class Late:
+    """A session whose snapshots lag behind what it was asked, as those of a run in other processes do."""
+
+    def __init__(self, session):
+        self._session, self.asked, self.told = session, [], {}
+
+    def __getattr__(self, name):
+        return getattr(self._session, name)
+
+    def change(self, **changes):
+        self.asked.append(changes)
+
+    def snapshot(self):
+        now = self._session.snapshot()
+        return dataclasses.replace(now, live=replace(now.live, **self.told))
+
+
+def test_what_a_late_snapshot_tells_undoes_nothing(tmp_path, settings):
+    session = Late(TrainSession(Run(tmp_path), settings))
+    panel = TrainPanel(session)
+    panel.grad_clip.value = 0.5
+    panel.grad_clip.value = 0.7
+    for told in (0.5, 0.7):        # the first change arrives, then the second
+        session.told = {"grad_clip": told}
+        panel._wake.set()
+        until(lambda told=told: panel.grad_clip.value == told)
+    assert session.asked == [{"grad_clip": 0.5}, {"grad_clip": 0.7}]
+
+
+def test_a_snapshot_that_fails_does_not_end_the_panel(panel, monkeypatch):
+    session, look = panel.session, panel.session.snapshot
+    monkeypatch.setattr(session, "snapshot", lambda: 1 / 0)
+    panel._wake.set()
+    until(lambda: "ZeroDivisionError" in panel.error.value)
+    monkeypatch.setattr(session, "snapshot", look)
+    panel.start.click()
+    until(lambda: "training" in panel.status.value)
 
 
 def test_samples_are_newest_first_and_escaped():

@@ -1,5 +1,6 @@
 """The form writes settings.json, and a run's shell command is the same run."""
 
+import errno
 import subprocess
 
 import pytest
@@ -45,6 +46,16 @@ def test_settings_that_cannot_be_written_are_said(tmp_path):
     assert "settings cannot be read" in form.children[-1].value
     with pytest.raises(SettingsError):
         run.settings()
+
+
+def test_a_disk_that_is_full_is_said(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    form = SettingsForm(Run(tmp_path))
+    monkeypatch.setattr("rwkv_nb.runs.os.replace", full)
+    form.inputs["r"].value = 16
+    assert "No space left" in form.children[-1].value
 
 
 @settings(max_examples=25, deadline=None)
