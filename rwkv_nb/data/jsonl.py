@@ -54,14 +54,14 @@ def good(found: Found, path: str | Path) -> Iterator[tuple[int, Any]]:
 
 
 def encode(found: Found, tokenizer) -> Iterator[tuple[int, np.ndarray] | Problem]:
-    """(line, tokens int [T] with a 0 at the end) of each document, in order; problems as they are."""
+    """(line, tokens uint16 [T] with a 0 at the end) of each document, in order; problems as they are."""
     while batch := list(itertools.islice(found, BATCH)):
         encoded = iter(tokenizer.encode_batch([one[1] for one in batch if not isinstance(one, Problem)]))
         for one in batch:
             if isinstance(one, Problem):
                 yield one
             else:
-                yield one[0], np.array([*next(encoded), 0])
+                yield one[0], np.array([*next(encoded), 0], np.uint16)
 
 
 def row_writer(data: DataSettings) -> Callable[[object], str]:

@@ -49,15 +49,15 @@ class Documents(Sequence):
         self._tokens, self.source = tokens, source
         self.sizes = np.array([len(t) for t in tokens], dtype=np.int64)
         self.notices = [notice] if notice else []
-        whole, bits = 0, []
+        whole, bits = 0, bytearray()
         for number, document in enumerate(tokens, 1):
             check_ids(document, tokenizer, f"{source}: document {number}")
             if template.learnt:
                 mask = loss_mask(document, tokenizer, template)
                 whole += bool(mask.all())
-                bits.append(np.packbits(mask))
+                bits += np.packbits(mask).tobytes()
         # Bits of all documents in one array, each document's from a byte of its own; None: everything is trained.
-        self._bits = np.concatenate(bits) if bits else None
+        self._bits = np.frombuffer(bits, np.uint8) if template.learnt else None
         self._first = np.concatenate([[0], np.cumsum(-(-self.sizes // 8))])
         if whole:
             markers = ", ".join(template.given + template.learnt)
@@ -113,7 +113,11 @@ def open_tokens(found: DataFile, data: DataSettings, tokenizer) -> Sequence[np.n
     if found.data_type == "dummy":
         rng = np.random.default_rng(data.data_seed)
         return rng.integers(1, tokenizer.vocab_size, (DUMMY, data.ctx_len + 1), dtype=np.uint16)
-    return [tokens.astype(np.uint16) for _, tokens in good(encode(scan(found, data), tokenizer), found.path)]
+    tokens, sizes = bytearray(), []     # in one piece: an array for each document takes more than its tokens
+    for _, document in good(encode(scan(found, data), tokenizer), found.path):
+        tokens += document.tobytes()
+        sizes.append(len(document))
+    return Slices(np.frombuffer(tokens, np.uint16), np.cumsum(sizes) - sizes, np.array(sizes))
 
 
 def scan(found: DataFile, data: DataSettings) -> Found:
