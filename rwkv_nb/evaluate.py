@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from .config import Settings
-from .data.chat import get_template, loss_mask, prompt
+from .data.chat import get_template, loss_mask, prompt, trained_spans
 from .data.jsonl import good, scan_jsonl
 from .data.sources import Document, open_split, read_jsonl
 from .errors import DataError
@@ -42,11 +42,9 @@ class Score(NamedTuple):
 def split_example(text: str, template: str = "chat") -> tuple[str, str] | None:
     """(prompt up to and with the marker of the model's last turn, answer without the white space around it); None for
     a text without such a turn."""
-    for marker in get_template(template).learnt:
-        before, found, answer = text.rpartition(marker)
-        if found:
-            return before + marker, answer.strip()
-    return None
+    data = text.encode()
+    start, stop = (trained_spans(data, get_template(template)) or [(0, 0)])[-1]
+    return (data[:start].decode(), data[start:stop].decode().strip()) if start else None
 
 
 def exact_match(model: RWKV, tokenizer, examples: Sequence[str], *, template: str = "chat",

@@ -84,6 +84,11 @@ def path_settings(settings: config.Settings) -> dict[str, str]:
     return {name: values[name] for name in names if values[name]}
 
 
+def absolute(settings: config.Settings) -> config.Settings:
+    """The same files, wherever the settings are read; checked."""
+    return config.replace(settings, **{name: os.path.abspath(file) for name, file in path_settings(settings).items()})
+
+
 class Run:
     """The folder `runs/<name>/` and the names of what is in it. It is a path itself, so Run(run) is the same run."""
 
@@ -138,10 +143,7 @@ class Run:
 
     def save_settings(self, settings: config.Settings) -> None:
         """Check and write settings.json whole; paths become absolute, so that any notebook finds them."""
-        config.check(settings)
-        paths = {name: os.path.abspath(value) for name, value in path_settings(settings).items()}
-        settings = config.replace(settings, **paths)
-        write_text(self.settings_file, config.to_json(settings) + "\n")
+        write_text(self.settings_file, config.to_json(absolute(settings)) + "\n")
 
     def update(self, **changes) -> config.Settings:
         """Change some settings by name, write settings.json, return all of them."""

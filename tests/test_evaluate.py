@@ -87,6 +87,9 @@ def test_split_takes_the_templates_last_turn():
     assert split_example(text) == split_example(text, "g1") == (
         "User: a\n\nAssistant: b\n\nUser: c\n\nAssistant:", "d e")
     assert split_example("Instruction: a\n\nResponse: b", "instruction") == ("Instruction: a\n\nResponse:", "b")
+    assert split_example("User: a\n\nAssistant: Say Assistant: hi.\n\nUser: thanks") == (
+        "User: a\n\nAssistant:", "Say Assistant: hi.")      # a marker inside a sentence is none
+    assert split_example("User: a") is None
     assert split_example("no turn here") is split_example(text, "plain") is split_example(text, "instruction") is None
 
 

@@ -223,7 +223,7 @@ def scan_table(path: Path, data: DataSettings) -> Found:
         if isinstance(rows, Problem):
             yield rows
             return
-        found = [_written(number, row, write) for number, row in enumerate(rows, 1)]
+        found = [_written(number, row, write) for number, row in rows]
     # A data set by its name is sliced already; a problem of the whole file (line 0) stays whatever the slice.
     if path.is_file() and found and found[0][0]:
         found = found[_bound(start, len(found)):_bound(stop, len(found))]
@@ -254,22 +254,25 @@ def _written(number: int, row, write) -> tuple[int, str] | Problem:
         return Problem(number, error.what, around(repr(row).encode(), 0))
 
 
-def _rows(path: Path, split: str) -> Iterable | Problem:
+def _rows(path: Path, split: str) -> Iterable[tuple[int, Any]] | Problem:
+    """(number, row): of a .csv the line that the row ends in, of others the row's place, from 1."""
     kind = path.suffix.lower()
     try:
         if kind == ".parquet":
-            return extra("pyarrow.parquet", "datasets").read_table(path).to_pylist()
+            return enumerate(extra("pyarrow.parquet", "datasets").read_table(path).to_pylist(), 1)
         if kind not in (".csv", ".json"):
-            return extra("datasets", "datasets").load_dataset(str(path), split=split)
+            return enumerate(extra("datasets", "datasets").load_dataset(str(path), split=split), 1)
         text = _text(path)
         if isinstance(text, Problem):
             return text
         if kind == ".csv":
-            return list(csv.DictReader(io.StringIO(text, newline="")))
+            csv.field_size_limit(max(csv.field_size_limit(), len(text)))    # of itself it ends at 131,072 characters
+            reader = csv.DictReader(io.StringIO(text, newline=""))
+            return [(reader.line_num, row) for row in reader]
         rows = json.loads(text)
         if isinstance(rows, dict):
             rows = rows.get("data")
-        return rows if isinstance(rows, list) else Problem(0, "it is no list of rows")
+        return enumerate(rows, 1) if isinstance(rows, list) else Problem(0, "it is no list of rows")
     except json.JSONDecodeError as error:
         return Problem(error.lineno, f"this is not JSON: {error.msg}, column {error.colno}; where each line is a row, "
                        "rename it to .jsonl")

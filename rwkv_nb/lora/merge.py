@@ -53,6 +53,7 @@ class Proof:
         if self.quant != "none":
             lines.append(f"  trained on a base in {self.quant}, merged into the original: it may score a little lower, "
                          "judge it")
+        rounded = self.same_keys and self.others_untouched and not self.ok and self.dtype == "bfloat16"
         return "\n".join([
             *lines,
             f"  reloads, with the base's keys, order and shapes: {self.same_keys}",
@@ -62,7 +63,8 @@ class Proof:
             f"(largest logit: {self.largest_logit:.3g})",
             f"  largest logit difference, adapter against merged: {self.logit_difference:.2g} "
             f"(allowed: {self.tolerance:.2g})",
-            f"  merged == adapter: {self.ok}"])
+            f"  merged == adapter: {self.ok}",
+            *["  → bfloat16 rounds too much of the adapter away: set dtype to fp16, which is finer"] * rounded])
 
 
 def merge(base_path: str | Path, adapter_path: str | Path | Sequence[str | Path], out_path: str | Path, *,

@@ -107,8 +107,9 @@ def test_token_files(tmp_path):
 
 
 def test_other_files_are_checked_too(tmp_path):
-    (tmp_path / "a.csv").write_text("query,response\na,b\n,c\n")
-    assert [(p.line, p.what) for p in report(tmp_path / "a.csv").problems] == [(2, '"query" is empty')]
+    (tmp_path / "a.csv").write_text(f'query,response\n"a\n\nb",{"b" * 200_000}\n,c\n')
+    checked = report(tmp_path / "a.csv")
+    assert [(p.line, p.what) for p in checked.problems] == [(5, '"query" is empty')] and len(checked.sizes) == 1
     (tmp_path / "a.txt").write_bytes("你好，世界".encode("gbk"))
     assert "GB18030 perhaps" in report(tmp_path / "a.txt", template="plain").problems[0].what
     (tmp_path / "b.txt").write_text("a story")
