@@ -204,8 +204,7 @@ def judgement_table(judged: Mapping[str, Judgement]) -> str:
     forms = {"held-out loss": "{:.4f}", "exact answers": "{:.1%}", "general loss": "{:.4f}",
              "multiple choice": "{:.1%}"}
     lines = [f"{'':16}" + "".join(f"{name:>12}" for name in judged)]
-    for row, (name, form) in enumerate(forms.items()):
-        values = [j[row] for j in judged.values()]
+    for (name, form), values in zip(forms.items(), zip(*judged.values(), strict=True), strict=True):
         if None not in values:
             lines.append(f"{name:16}" + "".join(f"{form.format(v):>12}" for v in values))
     return "\n".join(lines)

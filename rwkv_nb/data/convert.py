@@ -216,9 +216,7 @@ class _Part(contextlib.AbstractContextManager):
 
     def finish(self) -> None:
         """Put the pair under its name. The .bin takes its name first: who sees the .idx finds its tokens."""
-        for file in self._files:
-            file.flush()
-            os.fsync(file.fileno())
+        self._take_note()
         with atomic_path(self.target[1]) as path:
             write_index(path, np.memmap(self.sizes, dtype="<i4", mode="r"))
             os.replace(self.bin, self.target[0])

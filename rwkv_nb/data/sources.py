@@ -155,9 +155,7 @@ def read_array(path: Path, data_type: str) -> Slices:
         n, width = tokens.shape
         used = (width - (tokens[:, ::-1] != 0).argmax(1)) * tokens.any(1)
         return Slices(tokens.reshape(-1), np.arange(n) * width, np.minimum(used + 1, width))
-    stops = np.flatnonzero(tokens == 0) + 1
-    if not stops.size or stops[-1] != len(tokens):
-        stops = np.append(stops, len(tokens))
+    stops = np.union1d(np.flatnonzero(tokens == 0) + 1, [len(tokens)])
     return Slices(tokens, np.concatenate([[0], stops[:-1]]), np.diff(stops, prepend=0))
 
 

@@ -115,12 +115,9 @@ def _changed(adapter: Adapter) -> set[str]:
 
 def _bytes(weights: dict[str, Tensor], adapter: Adapter, dtype: torch.dtype | None) -> int:
     """What the disk must hold: the result, and once more the tensors that change, which wait beside it."""
-    changed, need = _changed(adapter), 0
-    for key, tensor in weights.items():
-        size = tensor.numel() * (dtype or tensor.dtype).itemsize
-        waits = key in changed or dtype not in (None, tensor.dtype)
-        need += 2 * size if waits else size
-    return need
+    changed = _changed(adapter)
+    return sum(W.numel() * (dtype or W.dtype).itemsize * (1 + (key in changed or dtype not in (None, W.dtype)))
+               for key, W in weights.items())
 
 
 def _prove(base_path: Path, weights: dict[str, Tensor], adapter: Adapter, out_path: Path, dtype: torch.dtype | None
