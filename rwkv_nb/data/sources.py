@@ -8,9 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..config import DataSettings, Settings
-from ..errors import DataError, SettingsError, did_you_mean
-from ..tokenizer import get_tokenizer
+from ..config import DataSettings
+from ..errors import DataError, did_you_mean
 from .binidx import BinIdx, Slices, check_ids
 from .chat import Template, loss_mask, mask_template
 from .jsonl import DEFAULTS, Found, encode, good, row_writer, scan_jsonl, scan_table, scan_text
@@ -157,22 +156,6 @@ def read_array(path: Path, data_type: str) -> Slices:
         return Slices(tokens.reshape(-1), np.arange(n) * width, np.minimum(used + 1, width))
     stops = np.union1d(np.flatnonzero(tokens == 0) + 1, [len(tokens)])
     return Slices(tokens, np.concatenate([[0], stops[:-1]]), np.diff(stops, prepend=0))
-
-
-def find_vocab_size(settings: Settings) -> int:
-    """Rows of the vocabulary that a model trained from scratch on settings.data needs: the tokenizer's, where the data
-    is text; of token files, one more than the highest id.
-
-    Raises SettingsError where a load_model is given: its own rows count.
-    """
-    data = settings.data
-    if settings.train.load_model:
-        raise SettingsError("vocab_size is the base's own: the data does not change it", where="load_model",
-                            fix="leave vocab_size at 0; training from scratch has no load_model")
-    found = find_data_file(data.data_file, data.data_type)
-    if found.data_type in (*TEXT, "dummy"):
-        return get_tokenizer(data.tokenizer).vocab_size
-    return 1 + max(int(tokens.max(initial=0)) for tokens in open_tokens(found, data, None))
 
 
 def find_data_file(path: str | Path, data_type: str = "auto") -> DataFile:
