@@ -164,17 +164,16 @@ def settings_from(arguments: argparse.Namespace) -> tuple[Run, Settings]:
     return run, absolute(config.replace(start, **config.PRESETS.get(arguments.preset, {}) | flags | lora))
 
 
-def _settings(arguments) -> int:
+def _settings(arguments) -> None:
     print("| | default | |\n|---|---|---|")
     for field in config.leaf_fields(Settings()):
         text = field.metadata
         default = " ".join(field.default) if isinstance(field.default, tuple) else field.default
         chosen = f" ({' · '.join(map(str, text['choices']))})" if text["choices"] else ""
         print(f"| `{field.name}` | {default} {text['unit']} | {text[arguments.language]}{chosen} |")
-    return 0
 
 
-def _import(arguments) -> int:
+def _import(arguments) -> None:
     asked = parser().parse_args(["train", *compat.read_script(arguments.script)])
     if arguments.proj_dir:
         asked.proj_dir = arguments.proj_dir
@@ -184,7 +183,6 @@ def _import(arguments) -> int:
     folder = os.path.abspath(run.folder)    # a notebook's own folder is another
     print(f"wrote {run.settings_file}\nopen it in notebook 03_train_lora with RUN = {folder!r} and SETTINGS = {{}}, or "
           f"run:\nrwkv-nb train --proj_dir {shlex.quote(folder)}")
-    return 0
 
 
 def _data(arguments) -> tuple:
@@ -212,7 +210,7 @@ def _check_data(arguments) -> int:
     return 1 if report.problems or left_out else 0
 
 
-def _convert(arguments) -> int:
+def _convert(arguments) -> None:
     from .data.binidx import pair
     from .data.convert import jsonl_to_binidx
 
@@ -222,10 +220,9 @@ def _convert(arguments) -> int:
     data, tokenizer = _data(arguments)
     count = jsonl_to_binidx(data.data_file, arguments.prefix, tokenizer, show, data=data)
     print(f"{pair(arguments.prefix)[0]} and .idx: {count:,} documents of {tokenizer.name} tokens")
-    return 0
 
 
-def _train(arguments) -> int:
+def _train(arguments) -> None:
     from .train.launch import session_for
 
     run, settings = settings_from(arguments)
@@ -249,7 +246,6 @@ def _train(arguments) -> int:
     _line("")
     _say(end, said)
     print(f"{_progress(end)}\n{end.status}; the run is in {run.folder}")
-    return 0
 
 
 def _say(now, said: int) -> int:
@@ -280,19 +276,17 @@ def _merge(arguments) -> int:
     return 0 if proof.ok else 1
 
 
-def _export(arguments) -> int:
+def _export(arguments) -> None:
     from .export import EXPORTS
 
     alpha = {} if arguments.to == "runner" else {"lora_alpha": arguments.lora_alpha}    # Runner's is a model as it is
     print(EXPORTS[arguments.to](arguments.input, arguments.output, progress=_bar, **alpha))
-    return 0
 
 
-def _get(arguments) -> int:
+def _get(arguments) -> None:
     from .hub import get
 
     get(arguments.name, arguments.folder, endpoint=arguments.endpoint)
-    return 0
 
 
 def _bar(done: int, total: int) -> None:

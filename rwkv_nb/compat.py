@@ -28,9 +28,6 @@ ELSEWHERE = {
 }
 
 
-CONTROL = re.compile(r"[();<>|&]+")   # what ends a command, or its arguments
-
-
 def read_script(path: str | Path) -> list[str]:
     """The arguments that a shell script gives to train.py, its variables and the environment's filled in. Nothing is
     run.
@@ -85,7 +82,7 @@ def _commands(text: str, where: str) -> list[list[str]]:
         words = [word.replace("\0", "#") for word in reader]
     except ValueError as error:
         raise SettingsError(f"this line cannot be read ({error})", where=where, fix="close its quotes") from error
-    ends = [i for i, word in enumerate(words) if CONTROL.fullmatch(word)]
+    ends = [i for i, word in enumerate(words) if re.fullmatch(r"[();<>|&]+", word)]     # of a command, or its arguments
     return [words[a + 1:b] for a, b in itertools.pairwise([-1, *ends, len(words)])]
 
 

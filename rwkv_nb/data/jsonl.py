@@ -240,11 +240,9 @@ def parse_split(split: str) -> tuple[str, str, str]:
 
 def _bound(text: str, n: int) -> int | None:
     """One of parse_split's bounds as the index of a list of n."""
-    if not text:
-        return None
     if text.endswith("%"):
         return n * int(text[:-1]) // 100
-    return int(text)
+    return int(text) if text else None
 
 
 def _written(number: int, row, write) -> tuple[int, str] | Problem:
