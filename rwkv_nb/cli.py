@@ -73,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--start", choices=("auto", "resume", "fresh"), default="auto",
                        help="auto, the default, goes on from an unfinished checkpoint of the same settings")
 
-    check = command("check-data", _check_data, "list every problem of a data file; the exit code says if there is any")
+    check = command("check-data", _check_data, "list what is wrong with a data file; the exit code says if anything is")
     convert = command("convert", _convert, "write a jsonl as the .bin and .idx that training reads from the disk")
     texts = ("data_type", "tokenizer", "template", "sft_field")
     for made, known in (check, (*texts, "ctx_len", "loss_mask", "mask_id", "sft_split")), (convert, texts):
