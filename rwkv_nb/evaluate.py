@@ -217,6 +217,6 @@ def _padded(documents: Sequence, device) -> tuple[torch.Tensor, torch.Tensor]:
     targets -= 1
     for row, (tokens, mask) in enumerate(documents):
         tokens, mask = torch.from_numpy(tokens.astype("int64")), torch.from_numpy(mask)
-        inputs[row, :len(tokens) - 1] = tokens[:-1]
-        targets[row, :len(tokens) - 1] = torch.where(mask[1:], tokens[1:], -1)
+        n = len(tokens[1:])     # 0 of a document without any token, too
+        inputs[row, :n], targets[row, :n] = tokens[:-1], torch.where(mask[1:], tokens[1:], -1)
     return inputs.to(device), targets.to(device)
