@@ -14,7 +14,7 @@ import time
 from . import __version__, compat, config
 from .config import DataSettings, LoraSettings, Settings
 from .errors import RwkvNbError, SettingsError, did_you_mean
-from .runs import Run
+from .runs import Run, absolute
 from .words import duration_text
 
 
@@ -73,13 +73,13 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--start", choices=("auto", "resume", "fresh"), default="auto",
                        help="auto, the default, goes on from an unfinished checkpoint of the same settings")
 
-    check = command("check-data", _check_data, "list every problem of a data file; the exit code says if there is any")
+    check = command("check-data", _check_data, "list what is wrong with a data file; the exit code says if anything is")
     convert = command("convert", _convert, "write a jsonl as the .bin and .idx that training reads from the disk")
-    for made in (check, convert):
+    texts = ("data_type", "tokenizer", "template", "sft_field")
+    for made, known in (check, (*texts, "ctx_len", "loss_mask", "mask_id", "sft_split")), (convert, texts):
         made.add_argument("data_file", help="the file; its suffix may be left out")
         for field in config.leaf_fields(DataSettings()):
-            if field.name in ("data_type", "tokenizer", "template", "ctx_len", "loss_mask", "mask_id", "sft_field",
-                              "sft_split"):
+            if field.name in known:
                 _add_flag(made, field)
         made.add_argument("--load_model", help="the base, whose vocabulary makes the tokens (default: World's)")
     check.add_argument("--mend", metavar="NEW_FILE", help="of a jsonl: write what is good, and what can be mended in "
@@ -161,29 +161,28 @@ def settings_from(arguments: argparse.Namespace) -> tuple[Run, Settings]:
         raise SettingsError("proj_dir is not given", where="--proj_dir", fix="name a folder for the run's files")
     run = Run(flags["proj_dir"])
     start = Settings() if {"load_model", "data_file"} <= set(flags) else run.settings()
-    return run, config.replace(start, **config.PRESETS.get(arguments.preset, {}) | flags | lora)
+    return run, absolute(config.replace(start, **config.PRESETS.get(arguments.preset, {}) | flags | lora))
 
 
-def _settings(arguments) -> int:
+def _settings(arguments) -> None:
     print("| | default | |\n|---|---|---|")
     for field in config.leaf_fields(Settings()):
         text = field.metadata
         default = " ".join(field.default) if isinstance(field.default, tuple) else field.default
         chosen = f" ({' · '.join(map(str, text['choices']))})" if text["choices"] else ""
         print(f"| `{field.name}` | {default} {text['unit']} | {text[arguments.language]}{chosen} |")
-    return 0
 
 
-def _import(arguments) -> int:
+def _import(arguments) -> None:
     asked = parser().parse_args(["train", *compat.read_script(arguments.script)])
     if arguments.proj_dir:
         asked.proj_dir = arguments.proj_dir
     run, settings = settings_from(asked)
     config.check_together(settings)
     run.save_settings(settings)
-    print(f"wrote {run.settings_file}\nopen it in notebook 03_train_lora with RUN = {str(run.folder)!r} and "
-          f"SETTINGS = {{}}, or run:\nrwkv-nb train --proj_dir {shlex.quote(str(run.folder))}")
-    return 0
+    folder = os.path.abspath(run.folder)    # a notebook's own folder is another
+    print(f"wrote {run.settings_file}\nopen it in notebook 03_train_lora with RUN = {folder!r} and SETTINGS = {{}}, or "
+          f"run:\nrwkv-nb train --proj_dir {shlex.quote(folder)}")
 
 
 def _data(arguments) -> tuple:
@@ -211,7 +210,8 @@ def _check_data(arguments) -> int:
     return 1 if report.problems or left_out else 0
 
 
-def _convert(arguments) -> int:
+def _convert(arguments) -> None:
+    from .data.binidx import pair
     from .data.convert import jsonl_to_binidx
 
     def show(now) -> None:
@@ -219,11 +219,10 @@ def _convert(arguments) -> int:
 
     data, tokenizer = _data(arguments)
     count = jsonl_to_binidx(data.data_file, arguments.prefix, tokenizer, show, data=data)
-    print(f"{arguments.prefix}.bin and .idx: {count:,} documents of {tokenizer.name} tokens")
-    return 0
+    print(f"{pair(arguments.prefix)[0]} and .idx: {count:,} documents of {tokenizer.name} tokens")
 
 
-def _train(arguments) -> int:
+def _train(arguments) -> None:
     from .train.launch import session_for
 
     run, settings = settings_from(arguments)
@@ -247,7 +246,6 @@ def _train(arguments) -> int:
     _line("")
     _say(end, said)
     print(f"{_progress(end)}\n{end.status}; the run is in {run.folder}")
-    return 0
 
 
 def _say(now, said: int) -> int:
@@ -278,19 +276,17 @@ def _merge(arguments) -> int:
     return 0 if proof.ok else 1
 
 
-def _export(arguments) -> int:
+def _export(arguments) -> None:
     from .export import EXPORTS
 
-    alpha = {} if arguments.lora_alpha is None else {"lora_alpha": arguments.lora_alpha}
+    alpha = {} if arguments.to == "runner" else {"lora_alpha": arguments.lora_alpha}    # Runner's is a model as it is
     print(EXPORTS[arguments.to](arguments.input, arguments.output, progress=_bar, **alpha))
-    return 0
 
 
-def _get(arguments) -> int:
+def _get(arguments) -> None:
     from .hub import get
 
     get(arguments.name, arguments.folder, endpoint=arguments.endpoint)
-    return 0
 
 
 def _bar(done: int, total: int) -> None:

@@ -28,9 +28,6 @@ ELSEWHERE = {
 }
 
 
-CONTROL = re.compile(r"[();<>|&]+")   # what ends a command, or its arguments
-
-
 def read_script(path: str | Path) -> list[str]:
     """The arguments that a shell script gives to train.py, its variables and the environment's filled in. Nothing is
     run.
@@ -77,13 +74,15 @@ def _whole_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 def _commands(text: str, where: str) -> list[list[str]]:
     """The words of each command in a line, without their redirections' signs."""
-    reader = shlex.shlex(re.sub(r"(?<=\s)\d(?=>)", "", text), posix=True, punctuation_chars=True)
+    text = re.sub(r"(?<=\s)\d(?=>)", "", text)
+    text = re.sub(r"(?<=[^\s;&|])#", "\0", text)     # inside a word it begins no comment, as shlex would have it
+    reader = shlex.shlex(text, posix=True, punctuation_chars=True)
     reader.whitespace_split = True
     try:
-        words = list(reader)
+        words = [word.replace("\0", "#") for word in reader]
     except ValueError as error:
         raise SettingsError(f"this line cannot be read ({error})", where=where, fix="close its quotes") from error
-    ends = [i for i, word in enumerate(words) if CONTROL.fullmatch(word)]
+    ends = [i for i, word in enumerate(words) if re.fullmatch(r"[();<>|&]+", word)]     # of a command, or its arguments
     return [words[a + 1:b] for a, b in itertools.pairwise([-1, *ends, len(words)])]
 
 

@@ -113,10 +113,8 @@ class TrainSettings:
                           "层数,无需填写;填写时与模型核对", low=0)
     n_embd: int = option(0, "width; never needed, checked against load_model where given",
                          "宽度,无需填写;填写时与模型核对", low=0)
-    vocab_size: int = option(0, "rows of the vocabulary; 0 takes load_model's, else it is checked against them "
-                             "(for a model from scratch, data.sources.find_vocab_size finds it in the data)",
-                             "词表大小;0 为读取模型,填写时与模型核对(从零训练时用 find_vocab_size 从数据得到)",
-                             unit="tokens", low=0)
+    vocab_size: int = option(0, "rows of the vocabulary; 0 takes load_model's, else it is checked against them",
+                             "词表大小;0 为读取模型,填写时与模型核对", unit="tokens", low=0)
     micro_bsz: int = option(1, "documents worked on at once, on each device; raise it while memory lasts",
                             "微批次大小,从 1 开始逐渐增大", low=1)
     epoch_count: int = option(1, "epochs to train", "总训练轮次", low=1)

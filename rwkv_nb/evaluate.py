@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from .config import Settings
-from .data.chat import get_template, loss_mask, prompt
+from .data.chat import get_template, loss_mask, prompt, trained_spans
 from .data.jsonl import good, scan_jsonl
 from .data.sources import Document, open_split, read_jsonl
 from .errors import DataError
@@ -42,11 +42,9 @@ class Score(NamedTuple):
 def split_example(text: str, template: str = "chat") -> tuple[str, str] | None:
     """(prompt up to and with the marker of the model's last turn, answer without the white space around it); None for
     a text without such a turn."""
-    for marker in get_template(template).learnt:
-        before, found, answer = text.rpartition(marker)
-        if found:
-            return before + marker, answer.strip()
-    return None
+    data = text.encode()
+    start, stop = (trained_spans(data, get_template(template)) or [(0, 0)])[-1]
+    return (data[:start].decode(), data[start:stop].decode().strip()) if start else None
 
 
 def exact_match(model: RWKV, tokenizer, examples: Sequence[str], *, template: str = "chat",
@@ -206,8 +204,7 @@ def judgement_table(judged: Mapping[str, Judgement]) -> str:
     forms = {"held-out loss": "{:.4f}", "exact answers": "{:.1%}", "general loss": "{:.4f}",
              "multiple choice": "{:.1%}"}
     lines = [f"{'':16}" + "".join(f"{name:>12}" for name in judged)]
-    for row, (name, form) in enumerate(forms.items()):
-        values = [j[row] for j in judged.values()]
+    for (name, form), values in zip(forms.items(), zip(*judged.values(), strict=True), strict=True):
         if None not in values:
             lines.append(f"{name:16}" + "".join(f"{form.format(v):>12}" for v in values))
     return "\n".join(lines)
@@ -220,6 +217,6 @@ def _padded(documents: Sequence, device) -> tuple[torch.Tensor, torch.Tensor]:
     targets -= 1
     for row, (tokens, mask) in enumerate(documents):
         tokens, mask = torch.from_numpy(tokens.astype("int64")), torch.from_numpy(mask)
-        inputs[row, :len(tokens) - 1] = tokens[:-1]
-        targets[row, :len(tokens) - 1] = torch.where(mask[1:], tokens[1:], -1)
+        n = len(tokens[1:])     # 0 of a document without any token, too
+        inputs[row, :n], targets[row, :n] = tokens[:-1], torch.where(mask[1:], tokens[1:], -1)
     return inputs.to(device), targets.to(device)

@@ -4,7 +4,7 @@ import codecs
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,16 +18,16 @@ PREFILL = 512  # tokens of a prompt that are read at once
 DECAY = 0.996  # of a penalty, a token (as in ChatRWKV): what was written long ago may come again
 
 
-class Sampling(NamedTuple):
-    """How a token is chosen."""
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen. Raises SettingsError for a value out of range."""
 
     temperature: float = 0.0    # 0 takes the likeliest token
     top_p: float = 1.0          # sample from the likeliest tokens that hold this share
     presence: float = 0.0       # taken off the logit of a token that was written already
     frequency: float = 0.0      # and this for each time that it was
 
-    def check(self) -> None:
-        """Raise SettingsError for a value out of range."""
+    def __post_init__(self):
         if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1:
             raise SettingsError(f"temperature {self.temperature}, top_p {self.top_p} cannot be sampled with",
                                 where="generate", fix="temperature ≥ 0 (0 takes the likeliest token), 0 < top_p ≤ 1")
@@ -44,7 +44,6 @@ def generate(model: RWKV, tokenizer, prompts: Sequence[str], *, max_tokens: int,
     batch: rows worked on at once; sampling: fields of Sampling. Raises SettingsError for a value out of range.
     """
     how = Sampling(**sampling)
-    how.check()
     stop = get_template(template).stop if stop is None else stop
     rows = [_Row(prompt, tokenizer, seed + i, max_tokens, stop) for i, prompt in enumerate(prompts)]
     order = sorted(rows, key=lambda row: len(row.prompt)) if max_tokens > 0 else []
@@ -62,7 +61,6 @@ def stream(model: RWKV, tokenizer, prompt: str | list[int], *, max_tokens: int, 
     state: what was read before the prompt (`read`); None starts a text.
     """
     how = Sampling(**sampling)
-    how.check()
     stop = get_template(template).stop if stop is None else stop
     row, shown = _Row(prompt, tokenizer, seed, max_tokens, stop), 0
     for _ in _run(model, [row], how, op, state) if max_tokens > 0 else ():

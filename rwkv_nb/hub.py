@@ -1,6 +1,5 @@
 """Published base models by name, from the Hugging Face hub or a mirror of it."""
 
-import contextlib
 import difflib
 import hashlib
 import io
@@ -61,14 +60,8 @@ def find(name: str, *, endpoint: str | None = None) -> Published:
         near = difflib.get_close_matches(name, models, 4, 0.3)
         raise CheckpointError(f"there is no {name!r} in {repo}", where=repo,
                               fix=f"there are {', '.join(near or sorted(models)[:4])}")
-    found = models[max(fits, key=_date)]
+    found = models[max(fits, key=lambda file: re.findall(r"-20\d{6}", file))]     # by date, if there is one
     return Published(repo, found.rfilename, found.size or 0, found.lfs.sha256 if found.lfs else "")
-
-
-def _date(file: str) -> str:
-    """A file's date, like 20250307; "" where its name says none."""
-    found = re.search(r"-(20\d{6})", file)
-    return found[1] if found else ""
 
 
 def get(name: str, folder: str | Path = "models", *, endpoint: str | None = None, say: Callable[[str], None] = print,
@@ -87,8 +80,8 @@ def get(name: str, folder: str | Path = "models", *, endpoint: str | None = None
     say(f"{found.file}: {bytes_text(found.size)}, from {found.repository} into {folder}")
     if not path.is_file() or path.stat().st_size != found.size:
         folder.mkdir(parents=True, exist_ok=True)
-        check_disk(found.size, path)
         part = path.with_name(f"{path.name}.part")
+        check_disk(found.size - (part.stat().st_size if part.exists() else 0), path)
         try:
             with open(part, "ab") as file:
                 http_get(hf_hub_url(found.repository, found.file, endpoint=endpoint), file, resume_size=file.tell(),
@@ -96,20 +89,15 @@ def get(name: str, folder: str | Path = "models", *, endpoint: str | None = None
         except Exception as error:  # as above
             raise _unreachable(name, found.repository, error) from error
     if found.sha256:
-        _check(part, found.sha256)
+        with open(part, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != found.sha256:
+            part.unlink(missing_ok=True)
+            raise CheckpointError(f"its checksum is {digest[:16]}…, the hub says {found.sha256[:16]}…; it was removed",
+                                  where=part, fix="get it again; if that does not help, use another mirror")
     part.rename(path)
     say(f"{path}: checked" if found.sha256 else f"{path}: of the right size; the hub says no checksum")
     return path
-
-
-def _check(path: Path, sha256: str) -> None:
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != sha256:
-        with contextlib.suppress(OSError):
-            path.unlink()
-        raise CheckpointError(f"its checksum is {digest[:16]}…, the hub says {sha256[:16]}…; it was removed",
-                              where=path, fix="get it again; if that does not help, use another mirror")
 
 
 def _watched(progress: Callable[[int, int], None]) -> type:

@@ -146,7 +146,7 @@ class Run:
                                 fix="mend the JSON or delete the file and run 01_prepare_data again") from error
 
     def save_settings(self, settings: config.Settings) -> None:
-        """Check and write settings.json whole; paths become absolute."""
+        """Check and write settings.json whole; paths become absolute, so that any notebook finds them."""
         write_text(self.settings_file, config.to_json(absolute(settings)) + "\n")
 
     def update(self, **changes) -> config.Settings:

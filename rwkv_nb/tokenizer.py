@@ -21,11 +21,7 @@ class _Tokenizer:
 
     name: str
     vocab_size: int
-
-    @cached_property
-    def table(self) -> list[bytes]:
-        """The bytes of every id, vocab_size entries; b"" for 0 and for ids that are not used."""
-        raise NotImplementedError
+    table: list[bytes]  # the bytes of every id, vocab_size entries; b"" for 0 and for ids that are not used
 
     @cached_property
     def lengths(self) -> np.ndarray:

@@ -84,6 +84,7 @@ def test_what_cannot_be_read_is_answered_with_the_mend(tmp_path, capsys, text, s
     ("export A='a b' # 注释\npython -u ./train.py --x $A --y \"${A}c\" > log 2>&1 &", ["--x", "a b", "--y", "a bc"]),
     ("R=16; B=a;torchrun train.py --c \"{\\\"r\\\":$R}\" --b=$B && echo", ["--c", '{"r":16}', "--b=a"]),
     ("python train.py --x 1 \\\n  # --wandb 项目 \\\n  --y 2 \\\n", ["--x", "1", "--y", "2"]),
+    ("m='/我的 m/C#1.pth' # 'its\npython train.py --x $m --y a#b;# c", ["--x", "/我的 m/C#1.pth", "--y", "a#b"]),
     ("a=1\r\npython train.py --x $a \\\r\n --y '路 径'\r\n", ["--x", "1", "--y", "路 径"]),
     ("python train.py --x $FROM_OUTSIDE --y ${NOT_SET:-2}", ["--x", "outside", "--y", "2"]),
 ])
@@ -91,6 +92,12 @@ def test_the_shell_s_ways_of_writing(tmp_path, monkeypatch, text, expected):
     monkeypatch.setenv("FROM_OUTSIDE", "outside")
     (tmp_path / "run_lora.sh").write_bytes(text.encode())
     assert read_script(tmp_path / "run_lora.sh") == expected
+
+
+def test_the_notebook_finds_the_run_from_its_own_folder(tmp_path, script, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["import", script.name, "--proj_dir", "我的 run"]) == 0
+    assert f"RUN = {str(tmp_path / '我的 run')!r}" in capsys.readouterr().out
 
 
 def test_nothing_in_a_script_is_run(tmp_path):

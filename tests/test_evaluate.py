@@ -62,7 +62,7 @@ def loss_by_hand(model, docs) -> float:
 
 @pytest.mark.parametrize("at_once", [1, 100, 10_000])
 def test_text_loss_is_the_mean_over_trained_tokens(model, at_once, monkeypatch):
-    docs = documents(9)
+    docs = [*documents(9), Doc((np.zeros(0, np.uint16), np.zeros(0, bool)))]     # such as other tools' pairs may hold
     assert text_loss(model, docs, at_once=at_once) == pytest.approx(loss_by_hand(model, docs), abs=1e-5)
     monkeypatch.setattr(evaluate, "PREFILL", 8)
     monkeypatch.setattr(evaluate, "CHUNK", 3)
@@ -87,6 +87,9 @@ def test_split_takes_the_templates_last_turn():
     assert split_example(text) == split_example(text, "g1") == (
         "User: a\n\nAssistant: b\n\nUser: c\n\nAssistant:", "d e")
     assert split_example("Instruction: a\n\nResponse: b", "instruction") == ("Instruction: a\n\nResponse:", "b")
+    assert split_example("User: a\n\nAssistant: Say Assistant: hi.\n\nUser: thanks") == (
+        "User: a\n\nAssistant:", "Say Assistant: hi.")      # a marker inside a sentence is none
+    assert split_example("User: a") is None
     assert split_example("no turn here") is split_example(text, "plain") is split_example(text, "instruction") is None
 
 

@@ -11,7 +11,7 @@ import threading
 import pytest
 
 from rwkv_nb import hub
-from rwkv_nb.errors import CheckpointError
+from rwkv_nb.errors import CheckpointError, RunError
 from rwkv_nb.widgets.weights import BaseChooser
 
 NEW, OLD = "rwkv7-g1-0.1b-20990101-ctx8192.pth", "rwkv7-g1-0.1b-20250307-ctx4096.pth"
@@ -98,6 +98,14 @@ def test_a_download_goes_on_where_it_stopped(server, tmp_path, how):
     assert path.read_bytes() == server.files[NEW] and [p.name for p in tmp_path.iterdir()] == [NEW]
     starts = [int(wanted.removeprefix("bytes=").partition("-")[0]) for _, _, wanted in server.asked if wanted]
     assert starts[-1] >= 10_000_000      # the hub's client counts in pieces of 10 MB
+
+
+def test_the_disk_has_to_take_only_what_is_missing(server, tmp_path, monkeypatch):
+    monkeypatch.setattr("rwkv_nb.runs.free_bytes", lambda path: 2_000_000)
+    with pytest.raises(RunError, match="needs 3 MB"):
+        hub.get("rwkv7-g1-0.1b", tmp_path, endpoint=server.endpoint, say=str)
+    (tmp_path / f"{NEW}.part").write_bytes(server.files[NEW][:1_500_000])
+    assert hub.get("rwkv7-g1-0.1b", tmp_path, endpoint=server.endpoint, say=str).read_bytes() == server.files[NEW]
 
 
 def test_a_wrong_checksum_is_refused_and_the_file_removed(server, tmp_path):

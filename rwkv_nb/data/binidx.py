@@ -44,7 +44,8 @@ class Slices(Sequence):
     """Documents of one long array: [i] → tokens[starts[i]:starts[i] + sizes[i]], in its own dtype."""
 
     def __init__(self, tokens: np.ndarray, starts: np.ndarray, sizes: np.ndarray):
-        self._tokens, self._starts, self.sizes = tokens, starts, sizes
+        # plain arrays: a slice of a memmap is one again, which takes longer than reading it
+        self._tokens, self._starts, self.sizes = map(np.asarray, (tokens, starts, sizes))
 
     def __len__(self) -> int:
         return len(self.sizes)

@@ -4,6 +4,7 @@ A template is data. Its markers count only at the start of a document or after a
 writes "Assistant:" inside a sentence changes nothing.
 """
 
+import itertools
 import json
 import re
 from dataclasses import dataclass, field
@@ -108,8 +109,8 @@ def loss_mask(tokens: np.ndarray, tokenizer, template: str | Template = "chat") 
     template = get_template(template)
     mask = np.ones(len(tokens), dtype=bool)
     if template.learnt:
-        ends = [*(np.flatnonzero(tokens == 0) + 1), len(tokens)]  # a 0 inside begins a new text
-        for start, stop in zip([0, *ends], ends, strict=False):
+        begins = np.flatnonzero(tokens[:-1] == 0) + 1  # a 0 inside begins a new text
+        for start, stop in itertools.pairwise([0, *begins, len(tokens)]):
             mask[start:stop] = _mask_of_one(tokens[start:stop], tokenizer, template)
     return mask
 

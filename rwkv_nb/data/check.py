@@ -4,7 +4,7 @@ import ast
 import codecs
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +18,8 @@ from .binidx import check_ids
 from .chat import Template, loss_mask, mask_template
 from .jsonl import DEFAULTS, Problem, encode, likely_encoding, parse, read_row, row_writer
 from .sources import TEXT, DataFile, find_data_file, open_tokens, scan
+
+SHOWN = 100     # problems of a file
 
 
 @dataclass
@@ -37,11 +39,14 @@ class Report:
         return "\n".join([head, *told(self.path, self.problems, self.unit), *self.notices])
 
 
-def told(path: Path, problems: Iterable[Problem], unit: str = "") -> Iterator[str]:
-    """Each problem with file and line, and the text around it below."""
-    for problem in problems:
+def told(path: Path, problems: list[Problem], unit: str = "") -> Iterator[str]:
+    """Each problem with file and line, and the text around it below; of a great many, such as every line of a file in
+    another encoding, the first."""
+    for problem in problems[:SHOWN]:
         where = f"{path.name}:{unit}{problem.line}" if problem.line else path.name
         yield f"{where}: {problem}"
+    if len(problems) > SHOWN:
+        yield f"… and {len(problems) - SHOWN} more"
 
 
 def check_data(data: DataSettings, tokenizer) -> Report:
@@ -134,7 +139,8 @@ class Mended(NamedTuple):
     def __str__(self) -> str:
         changed = [Problem(line, f"mended: {what}") for line, what, _ in self.changed]
         left_out = [Problem(line, f"left out: {what}") for line, what, _ in self.left_out]
-        return "\n".join([f"documents in the new file: {self.documents}", *told(self.path, (*changed, *left_out))])
+        return "\n".join([f"documents in the new file: {self.documents}", *told(self.path, changed),
+                          *told(self.path, left_out)])
 
 
 def mend_jsonl(path: str | Path, target: str | Path, data: DataSettings = DEFAULTS) -> Mended:

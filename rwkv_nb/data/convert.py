@@ -11,6 +11,8 @@ import io
 import json
 import multiprocessing
 import os
+import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -70,7 +72,8 @@ def jsonl_to_binidx(path: str | Path, prefix: str | Path, tokenizer,
     try:
         told = path.stat()
         size = told.st_size
-        key = [str(path.resolve()), size, told.st_mtime_ns, tokenizer.name, data.template, data.data_type]
+        key = [str(path.resolve()), size, told.st_mtime_ns, tokenizer.name, data.template, data.data_type,
+               list(data.sft_field)]
         with open(path, "rb") as file, _Part(prefix, key) as part:
             first = part.offset
             file.seek(first)
@@ -127,11 +130,12 @@ def _in_order(blocks: Iterator[tuple[bytes, int]], work: Callable, workers: int)
         yield from ((work(text), offset) for text, offset in blocks)
         return
     # spawn: a copy of a process that has threads (torch's, a notebook's) may hang
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_end_with_parent)
     try:
         waiting = deque()
         for text, offset in blocks:
-            waiting.append((pool.submit(work, text), offset))
+            with _no_interrupt():   # it starts the processes
+                waiting.append((pool.submit(work, text), offset))
             if len(waiting) > 2 * workers:
                 done, offset = waiting.popleft()
                 yield done.result(), offset
@@ -139,6 +143,25 @@ def _in_order(blocks: Iterator[tuple[bytes, int]], work: Callable, workers: int)
             yield done.result(), offset
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """Let this process end where the one that it works for is killed: it would wait for work for ever."""
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+@contextlib.contextmanager
+def _no_interrupt() -> Iterator[None]:
+    """Processes that are started meanwhile never hear Ctrl-C, which the terminal sends to all: this one ends them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Part(contextlib.AbstractContextManager):
@@ -193,9 +216,7 @@ class _Part(contextlib.AbstractContextManager):
 
     def finish(self) -> None:
         """Put the pair under its name. The .bin takes its name first: who sees the .idx finds its tokens."""
-        for file in self._files:
-            file.flush()
-            os.fsync(file.fileno())
+        self._take_note()
         with atomic_path(self.target[1]) as path:
             write_index(path, np.memmap(self.sizes, dtype="<i4", mode="r"))
             os.replace(self.bin, self.target[0])

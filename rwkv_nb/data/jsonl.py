@@ -54,14 +54,14 @@ def good(found: Found, path: str | Path) -> Iterator[tuple[int, Any]]:
 
 
 def encode(found: Found, tokenizer) -> Iterator[tuple[int, np.ndarray] | Problem]:
-    """(line, tokens int [T] with a 0 at the end) of each document, in order; problems as they are."""
+    """(line, tokens uint16 [T] with a 0 at the end) of each document, in order; problems as they are."""
     while batch := list(itertools.islice(found, BATCH)):
         encoded = iter(tokenizer.encode_batch([one[1] for one in batch if not isinstance(one, Problem)]))
         for one in batch:
             if isinstance(one, Problem):
                 yield one
             else:
-                yield one[0], np.array([*next(encoded), 0])
+                yield one[0], np.array([*next(encoded), 0], np.uint16)
 
 
 def row_writer(data: DataSettings) -> Callable[[object], str]:
@@ -223,7 +223,7 @@ def scan_table(path: Path, data: DataSettings) -> Found:
         if isinstance(rows, Problem):
             yield rows
             return
-        found = [_written(number, row, write) for number, row in enumerate(rows, 1)]
+        found = [_written(number, row, write) for number, row in rows]
     # A data set by its name is sliced already; a problem of the whole file (line 0) stays whatever the slice.
     if path.is_file() and found and found[0][0]:
         found = found[_bound(start, len(found)):_bound(stop, len(found))]
@@ -240,11 +240,9 @@ def parse_split(split: str) -> tuple[str, str, str]:
 
 def _bound(text: str, n: int) -> int | None:
     """One of parse_split's bounds as the index of a list of n."""
-    if not text:
-        return None
     if text.endswith("%"):
         return n * int(text[:-1]) // 100
-    return int(text)
+    return int(text) if text else None
 
 
 def _written(number: int, row, write) -> tuple[int, str] | Problem:
@@ -254,22 +252,25 @@ def _written(number: int, row, write) -> tuple[int, str] | Problem:
         return Problem(number, error.what, around(repr(row).encode(), 0))
 
 
-def _rows(path: Path, split: str) -> Iterable | Problem:
+def _rows(path: Path, split: str) -> Iterable[tuple[int, Any]] | Problem:
+    """(number, row): of a .csv the line that the row ends in, of others the row's place, from 1."""
     kind = path.suffix.lower()
     try:
         if kind == ".parquet":
-            return extra("pyarrow.parquet", "datasets").read_table(path).to_pylist()
+            return enumerate(extra("pyarrow.parquet", "datasets").read_table(path).to_pylist(), 1)
         if kind not in (".csv", ".json"):
-            return extra("datasets", "datasets").load_dataset(str(path), split=split)
+            return enumerate(extra("datasets", "datasets").load_dataset(str(path), split=split), 1)
         text = _text(path)
         if isinstance(text, Problem):
             return text
         if kind == ".csv":
-            return list(csv.DictReader(io.StringIO(text, newline="")))
+            csv.field_size_limit(max(csv.field_size_limit(), len(text)))    # of itself it ends at 131,072 characters
+            reader = csv.DictReader(io.StringIO(text, newline=""))
+            return [(reader.line_num, row) for row in reader]
         rows = json.loads(text)
         if isinstance(rows, dict):
             rows = rows.get("data")
-        return rows if isinstance(rows, list) else Problem(0, "it is no list of rows")
+        return enumerate(rows, 1) if isinstance(rows, list) else Problem(0, "it is no list of rows")
     except json.JSONDecodeError as error:
         return Problem(error.lineno, f"this is not JSON: {error.msg}, column {error.colno}; where each line is a row, "
                        "rename it to .jsonl")

@@ -8,9 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..config import DataSettings, Settings
-from ..errors import DataError, SettingsError, did_you_mean
-from ..tokenizer import get_tokenizer
+from ..config import DataSettings
+from ..errors import DataError, did_you_mean
 from .binidx import BinIdx, Slices, check_ids
 from .chat import Template, loss_mask, mask_template
 from .jsonl import DEFAULTS, Found, encode, good, row_writer, scan_jsonl, scan_table, scan_text
@@ -49,15 +48,15 @@ class Documents(Sequence):
         self._tokens, self.source = tokens, source
         self.sizes = np.array([len(t) for t in tokens], dtype=np.int64)
         self.notices = [notice] if notice else []
-        whole, bits = 0, []
+        whole, bits = 0, bytearray()
         for number, document in enumerate(tokens, 1):
             check_ids(document, tokenizer, f"{source}: document {number}")
             if template.learnt:
                 mask = loss_mask(document, tokenizer, template)
                 whole += bool(mask.all())
-                bits.append(np.packbits(mask))
+                bits += np.packbits(mask).tobytes()
         # Bits of all documents in one array, each document's from a byte of its own; None: everything is trained.
-        self._bits = np.concatenate(bits) if bits else None
+        self._bits = np.frombuffer(bits, np.uint8) if template.learnt else None
         self._first = np.concatenate([[0], np.cumsum(-(-self.sizes // 8))])
         if whole:
             markers = ", ".join(template.given + template.learnt)
@@ -113,7 +112,11 @@ def open_tokens(found: DataFile, data: DataSettings, tokenizer) -> Sequence[np.n
     if found.data_type == "dummy":
         rng = np.random.default_rng(data.data_seed)
         return rng.integers(1, tokenizer.vocab_size, (DUMMY, data.ctx_len + 1), dtype=np.uint16)
-    return [tokens.astype(np.uint16) for _, tokens in good(encode(scan(found, data), tokenizer), found.path)]
+    tokens, sizes = bytearray(), []     # in one piece: an array for each document takes more than its tokens
+    for _, document in good(encode(scan(found, data), tokenizer), found.path):
+        tokens += document.tobytes()
+        sizes.append(len(document))
+    return Slices(np.frombuffer(tokens, np.uint16), np.cumsum(sizes) - sizes, np.array(sizes))
 
 
 def scan(found: DataFile, data: DataSettings) -> Found:
@@ -151,26 +154,8 @@ def read_array(path: Path, data_type: str) -> Slices:
         n, width = tokens.shape
         used = (width - (tokens[:, ::-1] != 0).argmax(1)) * tokens.any(1)
         return Slices(tokens.reshape(-1), np.arange(n) * width, np.minimum(used + 1, width))
-    stops = np.flatnonzero(tokens == 0) + 1
-    if not stops.size or stops[-1] != len(tokens):
-        stops = np.append(stops, len(tokens))
+    stops = np.union1d(np.flatnonzero(tokens == 0) + 1, [len(tokens)])
     return Slices(tokens, np.concatenate([[0], stops[:-1]]), np.diff(stops, prepend=0))
-
-
-def find_vocab_size(settings: Settings) -> int:
-    """Rows of the vocabulary that a model trained from scratch on settings.data needs: the tokenizer's, where the data
-    is text; of token files, one more than the highest id.
-
-    Raises SettingsError where a load_model is given: its own rows count.
-    """
-    data = settings.data
-    if settings.train.load_model:
-        raise SettingsError("vocab_size is the base's own: the data does not change it", where="load_model",
-                            fix="leave vocab_size at 0; training from scratch has no load_model")
-    found = find_data_file(data.data_file, data.data_type)
-    if found.data_type in (*TEXT, "dummy"):
-        return get_tokenizer(data.tokenizer).vocab_size
-    return 1 + max(int(tokens.max(initial=0)) for tokens in open_tokens(found, data, None))
 
 
 def find_data_file(path: str | Path, data_type: str = "auto") -> DataFile:

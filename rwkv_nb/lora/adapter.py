@@ -123,7 +123,8 @@ def check_adapter(adapter: Adapter, shape: Shape, fingerprint: str, *, allow_oth
     if meta.base_fingerprint not in (fingerprint, "") and not allow_other_base:
         raise AdapterError(f"this adapter was trained on {meta.base_name} (fingerprint {meta.base_fingerprint}); this "
                            f"base has the same shape and other weights (fingerprint {fingerprint})",
-                           where=adapter.path, fix=f"load {meta.base_name}, or try it here with allow_other_base=True")
+                           where=adapter.path, fix=f"load {meta.base_name}, or try it here with allow_other_base=True "
+                           "(--other_base)")
     linears = shape.linears()
     try:
         names = matching(meta.target_modules, linears)

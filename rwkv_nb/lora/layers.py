@@ -74,9 +74,6 @@ class LoraLinear(nn.Linear):
         scale = self.scale * self.strength / (1 - p)
         return frozen_product(x, W, self.bias, self.lora_A, self.lora_B, scale, dropout, squared)
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, r={self.r}, alpha={self.alpha:g}, dropout={self.dropout:g}"
-
 
 def attach(model: nn.Module, lora: LoraSettings, seed: int) -> list[str]:
     """Give every linear that is `matching` lora.target_modules an adapter, in place; freeze all the rest

@@ -53,6 +53,7 @@ class Proof:
         if self.quant != "none":
             lines.append(f"  trained on a base in {self.quant}, merged into the original: it may score a little lower, "
                          "judge it")
+        rounded = self.same_keys and self.others_untouched and not self.ok and self.dtype == "bfloat16"
         return "\n".join([
             *lines,
             f"  reloads, with the base's keys, order and shapes: {self.same_keys}",
@@ -62,7 +63,8 @@ class Proof:
             f"(largest logit: {self.largest_logit:.3g})",
             f"  largest logit difference, adapter against merged: {self.logit_difference:.2g} "
             f"(allowed: {self.tolerance:.2g})",
-            f"  merged == adapter: {self.ok}"])
+            f"  merged == adapter: {self.ok}",
+            *["  → bfloat16 rounds too much of the adapter away: set dtype to fp16, which is finer"] * rounded])
 
 
 def merge(base_path: str | Path, adapter_path: str | Path | Sequence[str | Path], out_path: str | Path, *,
@@ -113,12 +115,9 @@ def _changed(adapter: Adapter) -> set[str]:
 
 def _bytes(weights: dict[str, Tensor], adapter: Adapter, dtype: torch.dtype | None) -> int:
     """What the disk must hold: the result, and once more the tensors that change, which wait beside it."""
-    changed, need = _changed(adapter), 0
-    for key, tensor in weights.items():
-        size = tensor.numel() * (dtype or tensor.dtype).itemsize
-        waits = key in changed or dtype not in (None, tensor.dtype)
-        need += 2 * size if waits else size
-    return need
+    changed = _changed(adapter)
+    return sum(W.numel() * (dtype or W.dtype).itemsize * (1 + (key in changed or dtype not in (None, W.dtype)))
+               for key, W in weights.items())
 
 
 def _prove(base_path: Path, weights: dict[str, Tensor], adapter: Adapter, out_path: Path, dtype: torch.dtype | None

@@ -29,8 +29,8 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError("there is no such file", where=os.path.abspath(path),
-                              fix="check the path of the base model, load_model")
+        raise CheckpointError("this is a folder" if path.is_dir() else "there is no such file",
+                              where=os.path.abspath(path), fix="check the path of the base model, load_model")
     if path.stat().st_size == 0:
         raise CheckpointError("the file is empty", where=path, fix="download or copy it again")
     weights = _in_original_form(path) if path.suffix in SAFETENSORS else _read_pth(path)

@@ -6,11 +6,11 @@ import os
 import numpy as np
 import pytest
 
-from rwkv_nb.config import DataSettings, Settings, replace
+from rwkv_nb.config import DataSettings
 from rwkv_nb.data.check import check_data, mend_jsonl
 from rwkv_nb.data.convert import jsonl_to_binidx
-from rwkv_nb.data.sources import find_data_file, find_vocab_size, open_documents
-from rwkv_nb.errors import DataError, RwkvNbError, SettingsError
+from rwkv_nb.data.sources import find_data_file, open_documents
+from rwkv_nb.errors import DataError
 from rwkv_nb.tokenizer import ByteTokenizer
 
 BYTE = ByteTokenizer()
@@ -119,15 +119,3 @@ def test_zeros_that_pad_a_row_are_left_out(tmp_path):
     np.save(tmp_path / "a.npy", rows)
     documents = open_documents(DataSettings(str(tmp_path / "a.npy"), template="plain"), BYTE)
     assert [d.tokens.tolist() for d in documents] == [[5, 6, 0], [0], [7, 0, 8, 0], [7, 8, 9, 1]]
-
-
-def test_the_vocabulary_of_data_is_found_only_without_a_base(tmp_path):
-    np.save(tmp_path / "a.npy", [5, 6, 0, 999, 0])
-    (tmp_path / "b.txt").write_text("a story")
-    found = [find_vocab_size(replace(Settings(), data_file=str(tmp_path / name), tokenizer="byte"))
-             for name in ("a.npy", "b.txt")]
-    assert found == [1000, 257]
-    with pytest.raises(SettingsError, match="vocab_size is the base's own"):
-        find_vocab_size(replace(Settings(), data_file=str(tmp_path / "a.npy"), load_model="base.pth"))
-    with pytest.raises(RwkvNbError, match="say world .* or byte"):
-        find_vocab_size(replace(Settings(), data_file=str(tmp_path / "b.txt")))

@@ -26,10 +26,13 @@ def test_problems_are_listed_and_mended(tmp_path, capsys):
 
 
 def test_a_pair_is_written(tmp_path, capsys):
-    assert main(["convert", str(SAMPLES / "kinds" / "messages.jsonl"), str(tmp_path / "out"), *BASE]) == 0
-    assert "3 documents of byte tokens" in capsys.readouterr().out and len(BinIdx(tmp_path / "out")) == 3
+    assert main(["convert", str(SAMPLES / "kinds" / "messages.jsonl"), str(tmp_path / "out.bin"), *BASE]) == 0
+    assert f"{tmp_path}/out.bin and .idx: 3 documents of byte" in capsys.readouterr().out
+    assert len(BinIdx(tmp_path / "out")) == 3
     assert main(["convert", str(SAMPLES / "kinds" / "sft.csv"), str(tmp_path / "other")]) == 1
     assert "this is a sft file, not jsonl" in capsys.readouterr().err
+    assert main(["convert", "a.jsonl", "a", "--sft_split", "train[:1]"]) == 1    # all of a file is converted
+    assert "there is no option --sft_split" in capsys.readouterr().err
 
 
 def test_on_a_terminal_one_line_follows_the_work(tmp_path, monkeypatch):

@@ -1,16 +1,19 @@
 """jsonl → binidx on several cores: the same bytes as one by one, resumed where it stopped, whole or not there."""
 
 import json
+import os
 import random
+import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from token_files import write_binidx
 
-from rwkv_nb.config import DataSettings
+from rwkv_nb.config import DataSettings, replace
 from rwkv_nb.data.binidx import BinIdx
 from rwkv_nb.data.convert import jsonl_to_binidx
 from rwkv_nb.errors import DataError, RunError
@@ -75,17 +78,32 @@ def test_it_goes_on_where_it_stopped(source, tmp_path):
     assert names(tmp_path) == {"out.bin", "out.idx"}
 
 
-def test_a_killed_process_loses_at_most_a_second(source, tmp_path):
+def running(pid):
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes() != b""     # empty: it has ended, and nobody has asked
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_stopped_process_loses_at_most_a_second_and_leaves_no_other_behind(source, tmp_path, how):
     script = ("import os, sys, time; from rwkv_nb.data.convert import jsonl_to_binidx; "
               "from rwkv_nb.tokenizer import WorldTokenizer; source, to, note = sys.argv[1:]; "
               "rest = lambda progress: time.sleep(1000 if os.path.exists(note) else 0.05); "
               "jsonl_to_binidx(source, to, WorldTokenizer(), rest, block=500)")
     note = tmp_path / ".out.bin.json"
-    process = subprocess.Popen([sys.executable, "-c", script, source, tmp_path / "out", note])
+    process = subprocess.Popen([sys.executable, "-c", script, source, tmp_path / "out", note], stderr=subprocess.PIPE,
+                               start_new_session=True, text=True)
     while not note.exists() and process.poll() is None:
         time.sleep(0.02)
-    process.kill()
-    process.wait()
+    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    if how == signal.SIGINT:
+        os.killpg(process.pid, how)     # as a terminal does
+    else:
+        process.kill()
+    assert process.communicate(timeout=60)[1].count("Traceback") == (how == signal.SIGINT)
+    while any(map(running, workers)):
+        time.sleep(0.05)
     done = json.loads(note.read_text())["offset"]
     first = []
     jsonl_to_binidx(source, tmp_path / "out", WORLD, lambda p: first.append(p.done), block=500, workers=1)
@@ -112,6 +130,19 @@ def test_what_belongs_to_something_else_is_not_taken_up(source, tmp_path, change
         (tmp_path / ".out.bin.part").write_bytes(b"")
     jsonl_to_binidx(source, tmp_path / "out", WORLD, block=2000, workers=1, data=data)
     assert pair_of(tmp_path, "out") == pair_of(tmp_path, "wanted")
+
+
+def test_nor_are_rows_read_by_other_fields(tmp_path):
+    def stop(progress):
+        raise Stop
+
+    (tmp_path / "a.jsonl").write_text('{"a": "q", "b": "r"}\n' * 3)
+    data = DataSettings(data_type="sft", sft_field=("a", "b"))
+    with pytest.raises(Stop):
+        jsonl_to_binidx(tmp_path / "a.jsonl", tmp_path / "out", WORLD, stop, block=1, workers=1, data=data)
+    data = replace(data, sft_field=("b", "a"))
+    jsonl_to_binidx(tmp_path / "a.jsonl", tmp_path / "out", WORLD, workers=1, data=data)
+    assert {WORLD.decode(tokens) for tokens in BinIdx(tmp_path / "out")} == {"User: r\n\nAssistant: q"}
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -106,9 +106,18 @@ def test_token_files(tmp_path):
         report(tmp_path / "c.jsonl")
 
 
+def test_of_a_great_many_problems_the_first_are_told(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes('{"text": "你好，世界"}\n'.encode("gb18030") * 300 + b"{\n")
+    told = str(report(tmp_path / "a.jsonl"))
+    assert "problems: 301" in told and told.count("\n") == 201 and "… and 201 more" in told
+    told = str(mend_jsonl(tmp_path / "a.jsonl", tmp_path / "b.jsonl"))
+    assert "… and 200 more" in told and "a.jsonl:301: left out" in told
+
+
 def test_other_files_are_checked_too(tmp_path):
-    (tmp_path / "a.csv").write_text("query,response\na,b\n,c\n")
-    assert [(p.line, p.what) for p in report(tmp_path / "a.csv").problems] == [(2, '"query" is empty')]
+    (tmp_path / "a.csv").write_text(f'query,response\n"a\n\nb",{"b" * 200_000}\n,c\n')
+    checked = report(tmp_path / "a.csv")
+    assert [(p.line, p.what) for p in checked.problems] == [(5, '"query" is empty')] and len(checked.sizes) == 1
     (tmp_path / "a.txt").write_bytes("你好，世界".encode("gbk"))
     assert "GB18030 perhaps" in report(tmp_path / "a.txt", template="plain").problems[0].what
     (tmp_path / "b.txt").write_text("a story")

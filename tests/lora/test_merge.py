@@ -55,6 +55,8 @@ def test_half_precision_is_rounded_once_from_fp32(tmp_path, dtype):
     proof = merge(base, adapter, tmp_path / "merged.pth")
     merged = load_weights(proof.path)
     assert {v.dtype for v in merged.values()} == {dtype} and proof.ok
+    lost = str(dataclasses.replace(proof, logit_difference=2 * proof.tolerance))
+    assert "merged == adapter: False" in lost and ("set dtype to fp16" in lost) == (dtype == torch.bfloat16)
     key = model.blocks[1].ffn.key
     exact = key.weight + key.scale * key.lora_B @ key.lora_A
     half_a_step = 0.501 * torch.finfo(dtype).eps

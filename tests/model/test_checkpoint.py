@@ -137,7 +137,7 @@ def test_nothing_in_a_file_is_run(tmp_path, weights, how):
 
 def test_absent_and_empty_files(tmp_path):
     assert "no such file" in refusal(tmp_path / "absent.pth")
-    assert "no such file" in refusal(tmp_path)
+    assert "this is a folder" in refusal(tmp_path)
     (tmp_path / "empty.pth").touch()
     assert "empty" in refusal(tmp_path / "empty.pth")
 

@@ -1,6 +1,7 @@
 """The command line: the same engine, the tutorial's names, clear refusals."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -43,6 +44,15 @@ def test_a_run_goes_on_from_its_own_settings(tmp_path, settings):
     Run(tmp_path).save_settings(settings)
     assert main(["train", "--proj_dir", str(tmp_path), "--epoch_count", "1"]) == 0
     assert load_adapter(Run(tmp_path).last_adapter()).meta.r == 4
+
+
+def test_it_goes_on_by_its_folder_alone_where_its_paths_were_relative(tmp_path, settings, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    paths = [os.path.relpath(path) for path in (settings.train.load_model, settings.data.data_file)]
+    run, began = settings_from(parser().parse_args(
+        ["train", "--load_model", paths[0], "--data_file", paths[1], "--proj_dir", "run"]))
+    run.save_settings(began)
+    assert settings_from(parser().parse_args(["train", "--proj_dir", "run"]))[1] == began
 
 
 @pytest.mark.parametrize("language, flags", [("en", []), ("zh", ["--zh"])])
