@@ -64,8 +64,8 @@ class _TokenShift(torch.autograd.Function):
 class _TokenShiftOnGpu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, last, *mixes):
-        ctx.each, ctx.shape = mixes[0].numel() > x.shape[-1], x.shape
-        ctx.save_for_backward(x if ctx.each else x[:0], last, *mixes)
+        ctx.each = mixes[0].numel() > x.shape[-1]
+        ctx.save_for_backward(x if ctx.each else None, last, *mixes)
         return tuple(torch.ops.rwkv_nb.shift(x, last, mixes))
 
     @staticmethod

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rwkv_nb.config import LoraSettings
 from rwkv_nb.lora.layers import adapter_parameters, attach
 from rwkv_nb.loss import MAX_LOGIT, head_loss
+from rwkv_nb.memory import LiveBytes
 from rwkv_nb.model import State
 from rwkv_nb.wkv import kernels
 
@@ -164,6 +165,23 @@ def test_a_whole_model_is_the_same_with_them(lively, version, rows, grad_cp, mon
     assert {*there, *(f"{name}_backward" for name in there)} <= names
     for x, y, z in zip(fused, plain, exact, strict=True):  # where a norm divides by little, rounding grows, by luck
         assert (x - z).norm() <= 10 * (y - z).norm() + 1e-5 * z.norm()
+
+
+@pytest.mark.parametrize("version", ["x070", "x060", "x052"])
+@pytest.mark.parametrize("grad_cp", ["none", "selective", "block"])
+def test_they_keep_no_more_for_backward(lively, version, grad_cp, monkeypatch):
+    model = lively(version)
+    attach(model, LoraSettings(r=4), seed=0)
+    tokens = torch.randint(model.shape.vocab_size, (2, 33))
+
+    def kept():
+        with LiveBytes() as live:
+            hidden, _ = model.hidden(tokens, grad_cp=grad_cp, keep_state=False)
+            return live.now
+
+    plain = kept()
+    monkeypatch.setattr(kernels, "_loaded", {"cpu"})
+    assert kept() <= plain
 
 
 def test_what_is_learnt_beside_the_adapter_is_computed_without_them(lively, monkeypatch):
