@@ -115,8 +115,9 @@ def _forward_pass(r, w, k, v, a, b, state, keep):
     (_, T, H, N), delta = r.shape, b is not None
     inputs = [x.contiguous() for x in (r, w, k, v, a, b if delta else a)]
     y, last, saved = _outputs(r, w, k, v, a, b, state, keep)
-    _forward[state.shape[0] * H, N // ROWS](*inputs, state.float().contiguous(), y, last, saved, T, H, N, ROWS, SAVE,
-                                            delta, keep)
+    with torch.cuda.device_of(r):
+        _forward[state.shape[0] * H, N // ROWS](*inputs, state.float().contiguous(), y, last, saved, T, H, N, ROWS,
+                                                SAVE, delta, keep)
     return y, last, saved
 
 
@@ -130,9 +131,10 @@ def _backward_pass(r, w, k, v, a, b, saved, dy, dlast):
     inputs = [x.contiguous() for x in (r, w, k, v, a, b if delta else a)]
     *grads, db, dstate = _gradients(r, w, k, v, a, b, saved, dy, dlast)
     du, scratch = saved.new_empty(B, H, N), saved.new_empty(B * H, SAVE, N, N)
-    _backward[B * H,](*inputs, saved, dy.contiguous(), dlast.contiguous(), *grads[:4],
-                      *((grads[4], db) if delta else (du, du)), dstate, scratch, T, H, N, SAVE, delta,
-                      num_warps=WARPS)
+    with torch.cuda.device_of(r):
+        _backward[B * H,](*inputs, saved, dy.contiguous(), dlast.contiguous(), *grads[:4],
+                          *((grads[4], db) if delta else (du, du)), dstate, scratch, T, H, N, SAVE, delta,
+                          num_warps=WARPS)
     return *grads[:4], grads[4] if delta else du.sum(0).to(a.dtype), db, dstate
 
 
