@@ -47,12 +47,12 @@ def _load_once() -> None:
 
 
 def takes(head_size: int) -> bool:
-    """Whether heads of so many channels can be computed."""
+    """Whether heads of so many channels can be computed: a power of 2 from 16 on."""
     return head_size >= 16 and head_size & (head_size - 1) == 0
 
 
 def wkv7(r, w, k, v, a, b, state=None):
-    """Shapes and results as rwkv_nb.wkv.wkv7; N is a power of 2 from 16 on. Raises KernelError for others."""
+    """Shapes and results as rwkv_nb.wkv.wkv7; N is one that it `takes`."""
     return _run(r, w, k, v, a, b, state)
 
 
@@ -68,9 +68,6 @@ def wkv5(r, w, k, v, u, state=None):
 
 def _run(r, w, k, v, a, b, state):
     B, _, H, N = r.shape
-    if not takes(N):
-        raise KernelError(f'op "triton" takes heads of 16, 32, 64, … channels, not {N}', where="op",
-                          fix='use op "chunked"')
     if state is None:
         state = r.new_zeros(B, H, N, N, dtype=torch.float32)
     inputs = r, w, k, v, a, b, state
