@@ -26,6 +26,7 @@ process. The exit code is 1 if a case raised or says {"ok": false}.
 """
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
@@ -54,9 +55,11 @@ def machine(device: str) -> dict:
 
 
 def _driver() -> str:
-    said = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True,
-                          text=True)
-    return said.stdout.partition("\n")[0].strip()
+    with contextlib.suppress(OSError):  # not every container has it
+        said = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+                              capture_output=True, text=True)
+        return said.stdout.partition("\n")[0].strip()
+    return ""
 
 
 def earlier(path: Path, here: dict) -> dict:

@@ -28,8 +28,9 @@ def check(folder, part, *more):
 def test_kernels_and_a_run_that_was_cut(tmp_path):
     (tmp_path / "peer.py").write_text(PEER)
     said, lines = check(tmp_path, "kernels", "--peer", tmp_path / "peer.py")
-    assert {line["case"] for line in lines} >= {"right: WKV-7 cpu float32", "right: WKV-5 cpu float16",
-                                                "time: WKV-6 cpu B1 T64 H2", "time: WKV-7 a peer B1 T64 H2"}
+    assert {line["case"] for line in lines} >= {
+        "right: WKV-7 cpu float32", "right: WKV-5 cpu float16", "around: WKV-6 cpu", "time: WKV-6 cpu B1 T64 H2",
+        "time: WKV-7 a peer B1 T64 H2"}
     assert all(line["result"].get("ok", True) for line in lines)
     assert f"{len(lines)} of {len(lines)} cases are good" in said
     whole = (tmp_path / "kernels.jsonl").read_text().splitlines(keepends=True)
