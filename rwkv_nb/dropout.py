@@ -12,11 +12,12 @@ class Dropout(NamedTuple):
 
     p: float
     seed: int
+    masks: bool = False  # on device meta: what a GPU would need, not a CPU
 
     def draw(self, x: Tensor) -> Tensor | None:
         """The hits of a tensor like x, to be kept for backward; None on a GPU, which draws them again in two launches
         of its kernels."""
-        return draw_places(x, self) if x.device.type != "cuda" else None
+        return None if self.masks or x.device.type == "cuda" else draw_places(x, self)
 
     def of(self, x: Tensor, hits: Tensor | None, out: Tensor | None = None) -> Tensor:
         """x (any shape, contiguous) with its hits, as of draw(), set to 0: a new tensor, or x itself, changed in place,
@@ -26,7 +27,7 @@ class Dropout(NamedTuple):
 
 def by_mask(x: Tensor, dropout: Dropout, out: Tensor | None) -> Tensor:
     """As of Dropout.of, with a number drawn for each element."""
-    generator = torch.Generator(x.device).manual_seed(dropout.seed)
+    generator = None if x.is_meta else torch.Generator(x.device).manual_seed(dropout.seed)
     keep = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - dropout.p, generator=generator)
     return torch.mul(x, keep, out=out)
 

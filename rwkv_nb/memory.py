@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten
 
 from . import config
 from .config import LiveSettings, LoraSettings, Settings, TrainSettings
-from .lora.layers import adapter_parameters, attach, set_dropout_step
+from .lora.layers import adapter_parameters, attach, lora_layers, set_dropout_step
 from .loss import CHUNK, GPU_CHUNK, SLICE
 from .model import DTYPES, RWKV, Shape, State
 from .quant import HEAD_ROWS, Held, QuantLinear
@@ -140,14 +140,17 @@ def _workspaces() -> int:
     return 2 * (2**25 if torch.cuda.get_device_capability()[0] >= 9 else 2**23 + 2**17)
 
 
-def numberless(shape: Shape, lora: LoraSettings, t: TrainSettings) -> RWKV:
-    """The model of a run with its adapter, on device meta: sizes without numbers. Its head is as the base's."""
+def numberless(shape: Shape, lora: LoraSettings, t: TrainSettings, gpu: bool) -> RWKV:
+    """The model of a run, on a GPU or not, with its adapter, on device meta: sizes without numbers. Its head is as the
+    base's."""
     model = RWKV(shape, dtype=DTYPES[t.precision])
     for name, module in list(model.blocks.named_modules()) if t.quant != "none" else ():
         if isinstance(module, nn.Linear):
             model.blocks.set_submodule(name, QuantLinear(_Sizes(module, t.quant, bool(t.quant_double))))
     attach(model, lora, seed=0)
     set_dropout_step(model.train(), 0, 0, 0, t.live.lora_dropout)
+    for layer in lora_layers(model).values():
+        layer.clock.masks = gpu
     return model
 
 
@@ -159,7 +162,7 @@ def _step(shape: Shape, lora: LoraSettings, T: int, gpu: bool, t: TrainSettings)
     op = pick_op(t.op if t.op in ("torch", "chunked") else "auto", "cpu", dtype, shape.generation)
     state = after = None
     with torch.device("meta"), LiveBytes() as live:
-        model = numberless(shape, lora, t)
+        model = numberless(shape, lora, t, gpu)
         parameters = list(adapter_parameters(model))
         trained = sum(p.nbytes for p in parameters)
         weights = live.now - trained - 2 * C * dtype.itemsize  # emb and head are counted on their own
@@ -175,8 +178,8 @@ def _step(shape: Shape, lora: LoraSettings, T: int, gpu: bool, t: TrainSettings)
         torch.autograd.backward(*zip(*(end for end in ends if end[0].requires_grad), strict=True))
         backward = live.peak - before
     if gpu and op == "cpu":  # for as long as a block keeps anything, the GPU's kernels keep states, and their gated
-        states = -(-T // SAVE) * B * C * shape.head_size * 4                # norm one tensor less than PyTorch's
-        kept = states - B * T * C * dtype.itemsize
+        states = -(-T // SAVE) * B * C * shape.head_size * 4    # norm a tensor or, with SiLU, two less than PyTorch's
+        kept = states - (1 if shape.generation == 7 else 2) * B * T * C * dtype.itemsize
         forward += kept * shape.n_layer * (t.grad_cp != "block")
         backward += kept * (1 if t.grad_cp == "block" else shape.n_layer)
         backward += B * T * C * 4 * (shape.generation == 7)  # wkv7's backward has one tensor for itself

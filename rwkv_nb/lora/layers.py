@@ -30,11 +30,13 @@ class DropoutClock:
     seed: int = 0
     step: int = 0
     micro: int | str = 0  # "micro.chunk" where a text is computed in chunks
+    masks: bool = False   # as of Dropout
 
-    def mask_seed(self, layer: int) -> int:
-        """A seed for one layer's mask in one micro-batch."""
+    def dropout(self, p: float, layer: int) -> Dropout:
+        """One layer's in one micro-batch."""
         text = f"{self.seed} {self.step} {self.micro} {layer}"
-        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little")
+        seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little")
+        return Dropout(p, seed, self.masks)
 
 
 class LoraLinear(nn.Linear):
@@ -70,7 +72,7 @@ class LoraLinear(nn.Linear):
         if self.strength == 0:
             return frozen_product(x, W, self.bias, squared=squared)
         p = self.dropout if self.training else 0.0
-        dropout = Dropout(p, self.clock.mask_seed(self.index)) if p else None
+        dropout = self.clock.dropout(p, self.index) if p else None
         scale = self.scale * self.strength / (1 - p)
         return frozen_product(x, W, self.bias, self.lora_A, self.lora_B, scale, dropout, squared)
 

@@ -2,6 +2,7 @@
 
 Some have gradients written by hand: plain autograd would pass over memory twice as often. On a GPU whose kernels are
 loaded (wkv.kernels) each is one kernel, forward and backward (cuda/pointwise_gpu.cu), for everything that is frozen.
+What was changed in place leaves a Function as a view: torch.compile up to 2.11 gives it no gradient else.
 Axes: B batch, T time, C channels, H heads, N head size.
 """
 
@@ -64,8 +65,8 @@ class _TokenShift(torch.autograd.Function):
 class _TokenShiftOnGpu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, last, *mixes):
-        ctx.each, ctx.shape = mixes[0].numel() > x.shape[-1], x.shape
-        ctx.save_for_backward(x if ctx.each else x[:0], last, *mixes)
+        ctx.each = mixes[0].numel() > x.shape[-1]
+        ctx.save_for_backward(x if ctx.each else None, last, *mixes)
         return tuple(torch.ops.rwkv_nb.shift(x, last, mixes))
 
     @staticmethod
@@ -152,7 +153,7 @@ class _Decay(torch.autograd.Function):
     def forward(ctx, x):
         ctx.save_for_backward(x)
         w = F.logsigmoid(x.to(torch.promote_types(x.dtype, torch.float32)))
-        return torch.sub(w, 0.5, out=torch.empty_like(x))
+        return torch.sub(w, 0.5, out=torch.empty_like(x)).view_as(x)   # why a view: see the module
 
     @staticmethod
     @once_differentiable
@@ -178,7 +179,7 @@ class _Keys(torch.autograd.Function):
         length = torch.linalg.vector_norm(kk, dim=-1, keepdim=True).clamp_(min=1e-12)
         kk.div_(length)
         ctx.save_for_backward(k, a, k_k, k_a, kk, length)
-        return torch.lerp(k, k * a, k_a), kk, (kk * a).neg_()
+        return torch.lerp(k, k * a, k_a), kk.view_as(k), (kk * a).neg_().view_as(k)
 
     @staticmethod
     @once_differentiable

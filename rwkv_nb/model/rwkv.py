@@ -56,10 +56,11 @@ class Block(nn.Module):
 
 
 def _keep_wkv():
-    """Selective checkpointing's contexts: results of our compiled operators are kept, all else is computed again."""
+    """Selective checkpointing's contexts: results of our WKV operators are kept, all else is computed again, a GPU's
+    pointwise kernels too."""
     def policy(_, op, *args, **kwargs):
-        ours = getattr(op, "namespace", "") == "rwkv_nb"
-        return CheckpointPolicy.MUST_SAVE if ours else CheckpointPolicy.PREFER_RECOMPUTE
+        wkv = op.name().startswith("rwkv_nb::wkv")
+        return CheckpointPolicy.MUST_SAVE if wkv else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)
 

@@ -32,12 +32,12 @@ def _in(module) -> dict[int, Callable]:
     return {7: module.wkv7, 6: module.wkv6, 5: module.wkv5}
 
 
+_COMPILED = {v: functools.partial(kernels.run, f"wkv{v}") for v in (7, 6, 5)}
 _TABLE = {  # the fastest first: "auto" takes the first that works
-    "cuda": _Op({v: functools.partial(kernels.run_cuda, f"wkv{v}") for v in (7, 6, 5)}, "cuda", kernels.load_cuda,
-                packed=True, heads=lambda N: N == kernels.CUDA_HEAD),
+    "cuda": _Op(_COMPILED, "cuda", kernels.load_cuda, packed=True, heads=lambda N: N == kernels.CUDA_HEAD),
     "triton": _Op(_in(triton_op), "cuda", triton_op.load, heads=triton_op.takes),
     "fla": _Op(_in(fla_op), "cuda", fla_op.load, auto=False),
-    "cpu": _Op({v: functools.partial(kernels.run, f"wkv{v}") for v in (7, 6, 5)}, "cpu", kernels.load),
+    "cpu": _Op(_COMPILED, "cpu", kernels.load),
     "chunked": _Op({7: reference.wkv7_chunked, 6: reference.wkv6_chunked, 5: reference.wkv5_chunked}),
     "torch": _Op({7: reference.wkv7_steps, 6: reference.wkv6_steps, 5: reference.wkv5_steps}),
 }
@@ -91,6 +91,8 @@ def pick_op(op, device, dtype=torch.float32, version=7, head_size=64) -> str:
     if not _fits(op, device, dtype):
         raise KernelError(f'WKV-{version} op "{op}" does not take {dtype} on {device.type}', where="op",
                           fix=f'use op "auto", or float32, bfloat16 or float16 on {_TABLE[op].device}')
+    if not _TABLE[op].heads(head_size):
+        raise KernelError(f'op "{op}" does not take heads of {head_size} channels', where="op", fix='use op "auto"')
     if _TABLE[op].load:
         _TABLE[op].load()
     return op

@@ -76,11 +76,6 @@ def source_folder() -> Path:
     raise KernelError("the kernels' sources are missing", where=str(package / "cuda"), fix="install rwkv_nb again")
 
 
-def library_name() -> str:
-    """Name of the library that this compiler builds, without its suffix."""
-    return f"{_stem()}-{digest(_compiler_version())}"
-
-
 def cache_folder() -> Path:
     """Where built libraries are kept: the platform's cache directory for this user."""
     if sys.platform == "darwin":
@@ -187,10 +182,8 @@ def _compiler() -> str | None:
 @functools.cache
 def _compiler_version() -> str:
     """First line of `c++ --version`, "" where there is none."""
-    if not _compiler():
-        return ""
     try:
-        out = subprocess.run([_compiler(), "--version"], capture_output=True, text=True, check=True).stdout
+        out = subprocess.run([_compiler() or "", "--version"], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return ""
     return out.splitlines()[0] if out else ""

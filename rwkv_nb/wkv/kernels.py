@@ -10,7 +10,6 @@ import threading
 
 import torch
 
-from ..errors import KernelError
 from .build import load_cpu_kernels, remembered
 from .nvcc import load_cuda_kernels
 from .selftest import try_out
@@ -51,14 +50,6 @@ def load_cuda() -> None:
         _load_cuda_once()
 
 
-def run_cuda(name, *inputs):
-    """`run` on a GPU. Raises KernelError for heads that are not CUDA_HEAD wide."""
-    if inputs[0].shape[-1] != CUDA_HEAD:
-        raise KernelError(f"the GPU kernels take heads of {CUDA_HEAD} channels, not {inputs[0].shape[-1]}", where="op",
-                          fix='use op "chunked"')
-    return run(name, *inputs)
-
-
 @functools.cache
 def _load_once() -> None:
     load_cpu_kernels()
@@ -71,7 +62,7 @@ def _load_once() -> None:
 @remembered
 def _load_cuda_once() -> None:
     load_cuda_kernels()
-    try_out(functools.partial(run_cuda, "wkv7"))
+    try_out(functools.partial(run, "wkv7"))
     register_gpu_operators()
 
 

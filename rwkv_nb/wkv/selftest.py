@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ..errors import KernelError
+from ..errors import KernelError, out_of_memory
 
 
 class SelfTest(NamedTuple):
@@ -27,7 +27,7 @@ def self_test(ops=("torch", "chunked", "cpu"), device="cpu") -> list[SelfTest]:
         for op in ops:
             try:
                 out = outputs_and_grads(wkv, inputs, upstream, torch.float32, op=op)
-            except (KernelError, RuntimeError) as error:  # a kernel may build here and still fail to start
+            except Exception as error:  # a kernel may build here and still fail to start
                 notes[op] = str(error)
             else:
                 errors[op] += map(relative_error, out, reference)
@@ -44,7 +44,9 @@ def try_out(wkv) -> None:
         y, _ = wkv(*inputs)
         y.sum().backward()
         torch.cuda.synchronize()
-    except RuntimeError as error:
+    except Exception as error:  # Triton has errors of its own, and passes on those of the compiler that it calls
+        if out_of_memory(error):
+            raise
         raise KernelError(f"the kernels were built, but do not run on this GPU: {error}", where="op",
                           fix="00_check shows driver, torch and compiler; another op may work") from None
 

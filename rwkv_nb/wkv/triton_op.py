@@ -47,12 +47,12 @@ def _load_once() -> None:
 
 
 def takes(head_size: int) -> bool:
-    """Whether heads of so many channels can be computed."""
+    """Whether heads of so many channels can be computed: a power of 2 from 16 on."""
     return head_size >= 16 and head_size & (head_size - 1) == 0
 
 
 def wkv7(r, w, k, v, a, b, state=None):
-    """Shapes and results as rwkv_nb.wkv.wkv7; N is a power of 2 from 16 on. Raises KernelError for others."""
+    """Shapes and results as rwkv_nb.wkv.wkv7; N is one that it `takes`."""
     return _run(r, w, k, v, a, b, state)
 
 
@@ -68,9 +68,6 @@ def wkv5(r, w, k, v, u, state=None):
 
 def _run(r, w, k, v, a, b, state):
     B, _, H, N = r.shape
-    if not takes(N):
-        raise KernelError(f'op "triton" takes heads of 16, 32, 64, … channels, not {N}', where="op",
-                          fix='use op "chunked"')
     if state is None:
         state = r.new_zeros(B, H, N, N, dtype=torch.float32)
     inputs = r, w, k, v, a, b, state
@@ -115,8 +112,9 @@ def _forward_pass(r, w, k, v, a, b, state, keep):
     (_, T, H, N), delta = r.shape, b is not None
     inputs = [x.contiguous() for x in (r, w, k, v, a, b if delta else a)]
     y, last, saved = _outputs(r, w, k, v, a, b, state, keep)
-    _forward[state.shape[0] * H, N // ROWS](*inputs, state.float().contiguous(), y, last, saved, T, H, N, ROWS, SAVE,
-                                            delta, keep)
+    with torch.cuda.device_of(r):
+        _forward[state.shape[0] * H, N // ROWS](*inputs, state.float().contiguous(), y, last, saved, T, H, N, ROWS,
+                                                SAVE, delta, keep)
     return y, last, saved
 
 
@@ -130,9 +128,10 @@ def _backward_pass(r, w, k, v, a, b, saved, dy, dlast):
     inputs = [x.contiguous() for x in (r, w, k, v, a, b if delta else a)]
     *grads, db, dstate = _gradients(r, w, k, v, a, b, saved, dy, dlast)
     du, scratch = saved.new_empty(B, H, N), saved.new_empty(B * H, SAVE, N, N)
-    _backward[B * H,](*inputs, saved, dy.contiguous(), dlast.contiguous(), *grads[:4],
-                      *((grads[4], db) if delta else (du, du)), dstate, scratch, T, H, N, SAVE, delta,
-                      num_warps=WARPS)
+    with torch.cuda.device_of(r):
+        _backward[B * H,](*inputs, saved, dy.contiguous(), dlast.contiguous(), *grads[:4],
+                          *((grads[4], db) if delta else (du, du)), dstate, scratch, T, H, N, SAVE, delta,
+                          num_warps=WARPS)
     return *grads[:4], grads[4] if delta else du.sum(0).to(a.dtype), db, dstate
 
 

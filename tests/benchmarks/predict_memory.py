@@ -95,7 +95,7 @@ def whole_model(shape: Shape, settings: Settings) -> tuple[int, int]:
         return [torch.empty(int(size), dtype=torch.uint8) for size in sizes]
 
     with torch.device("meta"):
-        model = numberless(dataclasses.replace(shape, vocab_size=1), settings.lora, t)
+        model = numberless(dataclasses.replace(shape, vocab_size=1), settings.lora, t, gpu=True)
     with torch.device("meta"), CachingAllocator() as allocator:
         stays = room(V * shape.n_embd * (1 if t.quant_head else 2), *[2**23 + 2**17] * 2)   # head, workspaces
         for module in model.blocks.modules():

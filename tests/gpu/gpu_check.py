@@ -2,8 +2,8 @@
 
     python tests/gpu/gpu_check.py kernels|memory|train|tune [--out FOLDER] [--peer FILE.py] [--only WORDS]
 
-What must be there: torch >= 2.11 for CUDA, einops, safetensors, ninja, a C++ compiler, and nvcc of torch's major CUDA
-version (without it op "cuda" is left out). More is measured with triton, fla (op "fla") and
+What must be there: torch >= 2.11 for CUDA, einops, safetensors, ninja, a C++ compiler, for `memory` numpy, and nvcc of
+torch's major CUDA version (without it op "cuda" is left out). More is measured with triton, fla (op "fla") and
 bitsandbytes (int8 and nf4 in `memory`). Nothing is downloaded, and nothing of the notebooks is imported.
 
 A first session of half an hour, the most important first: 8, 8, 5 minutes, then which constants of the kernels are
@@ -21,12 +21,15 @@ A part is a module part_NAME.py beside this file with
     table(results)   a short table of {name: dict} for the end
 
 Each case that ends is appended to FOLDER/NAME.jsonl with the machine it ran on. A run that was cut goes on where it
-was; a case that raised is tried again. The exit code is 1 if a case raised or says {"ok": false}.
+was; a case that raised is tried again. Where a case costs the GPU (an illegal address), the rest is run in a fresh
+process. The exit code is 1 if a case raised or says {"ok": false}.
 """
 
 import argparse
+import contextlib
 import importlib
 import json
+import os
 import platform
 import re
 import subprocess
@@ -52,9 +55,11 @@ def machine(device: str) -> dict:
 
 
 def _driver() -> str:
-    said = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True,
-                          text=True)
-    return said.stdout.partition("\n")[0].strip()
+    with contextlib.suppress(OSError):  # not every container has it
+        said = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+                              capture_output=True, text=True)
+        return said.stdout.partition("\n")[0].strip()
+    return ""
 
 
 def earlier(path: Path, here: dict) -> dict:
@@ -69,7 +74,7 @@ def earlier(path: Path, here: dict) -> dict:
 
 def run(part, path: Path, options) -> dict:
     here = machine(options.device)
-    results = earlier(path, here)
+    results = earlier(path, here) | {name: {"error": "it cost the GPU"} for name in options.but}
     for name, work in part.cases(options):
         if name in results or not re.search(options.only, name):
             continue
@@ -83,7 +88,18 @@ def run(part, path: Path, options) -> dict:
         with open(path, "a") as file:
             file.write(json.dumps({"case": name, "machine": here, "result": result}) + "\n")
         print(f"{name}: {json.dumps(result)}  ({time.monotonic() - start:.1f} s)", flush=True)
+        if "error" in result and options.device == "cuda" and _gpu_is_lost():
+            os.execv(sys.executable, [sys.executable, *sys.argv, "--but", name])
     return results
+
+
+def _gpu_is_lost() -> bool:
+    """Whether CUDA has failed in a way after which this process gets nothing else from it."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def main() -> int:
@@ -92,6 +108,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=HERE.parent / "benchmarks" / "results" / "gpu")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: to try this script, small")
     parser.add_argument("--only", default="", help="the cases whose name fits this regular expression")
+    parser.add_argument("--but", action="append", default=[], help="a case to leave out, as one that fails")
     parser.add_argument("--peer", type=Path, help="a Python file with KERNELS = {name: (version, function)}; a "
                         "function takes what wkv7 and its like take, but the state, and returns y")
     options = parser.parse_args()

@@ -1,4 +1,5 @@
-"""Every op of every version against float64, under streams, graphs and torch.compile, and timed."""
+"""Every op of every version against float64, under streams, graphs and torch.compile, and timed; and the kernels around
+them, a whole model with against without."""
 
 import functools
 import importlib.util
@@ -7,8 +8,12 @@ import time
 
 import torch
 
+from rwkv_nb.config import LoraSettings
 from rwkv_nb.errors import KernelError
-from rwkv_nb.wkv import WKV, pick_op
+from rwkv_nb.lora.layers import adapter_parameters, attach
+from rwkv_nb.loss import head_loss
+from rwkv_nb.model import RWKV, Shape, init_weights
+from rwkv_nb.wkv import WKV, kernels, pick_op
 from rwkv_nb.wkv.selftest import outputs_and_grads, realistic_inputs
 
 NAMES = {7: ("dr", "dw", "dk", "dv", "da", "db", "dstate"), 6: ("dr", "dw", "dk", "dv", "du", "dstate")}
@@ -28,6 +33,8 @@ def cases(options):
             if not (op == "fla" and version == 7 and dtype == torch.float32):
                 work = functools.partial(_right, version, op, dtype, options.device, LENGTHS if gpu else (1, 17))
                 yield f"right: WKV-{version} {op} {str(dtype)[6:]}", work
+        for version in WKV if op in ("cuda", "cpu") else ():
+            yield f"around: WKV-{version} {op}", functools.partial(_around, version, op, options.device)
         for version in WKV:
             yield from _times(version, op, options)
         for version in WKV if op in ("cuda", "triton") else ():
@@ -133,6 +140,34 @@ def _texts(version, op) -> dict:
                        for name in (op, "torch"))
     largest = max(((x - y).norm() / y.norm()).item() for x, y in zip(found, expected, strict=True))
     return {"largest": largest, "where": f"{int(starts.sum())} texts", "bar": 2e-5, "ok": largest <= 2e-5}
+
+
+def _around(version, op, device) -> dict:
+    """The loss of a LoRA model in float32 and all its gradients, with the GPU's kernels around WKV and for the loss,
+    against the same without."""
+    sizes = (32, 32, 32, 32, 1024) if version == 7 else (32, 0, 0, 0, 896)
+    shape = Shape(2, 256, 1024, *sizes, version={7: "x070", 6: "x060", 5: "x052"}[version], rank_mix=32)
+    model = init_weights(RWKV(shape)).to(device)
+    attach(model, LoraSettings(r=8), seed=0)
+    parameters, tokens = list(adapter_parameters(model)), torch.randint(1, 1024, (3, 101), device=device)
+    for parameter in parameters:
+        torch.nn.init.normal_(parameter, std=0.02)
+    mask = torch.rand(3, 100) < 0.7
+
+    def outcome():
+        hidden, _ = model.hidden(tokens[:, :-1], op=op, keep_state=False)
+        loss, _ = head_loss(hidden, model.head, tokens[:, 1:], mask, 200)
+        return loss, *torch.autograd.grad(loss, parameters)
+
+    found, loaded = outcome(), set(kernels._loaded)
+    kernels._loaded.clear()
+    try:
+        expected = outcome()
+    finally:
+        kernels._loaded.update(loaded)
+    largest = max(((x - y).norm() / y.norm()).item() for x, y in zip(found, expected, strict=True))
+    return {"largest": largest, "where": f"{len(found)} results", "bar": 1e-4,
+            "ok": largest <= 1e-4 and (device == "cpu" or "cuda" in loaded)}
 
 
 def _peers(version, file) -> dict:

@@ -10,6 +10,7 @@ made here.
 
 import contextlib
 import functools
+import importlib.util
 import itertools
 import json
 import math
@@ -30,7 +31,7 @@ from rwkv_nb.loss import head_loss
 from rwkv_nb.memory import CONTEXT, QUANTS, TUTORIAL, TUTORIAL_SETTINGS, LiveBytes, estimate
 from rwkv_nb.model import PUBLISHED, PUBLISHED_OLDER, RWKV, Shape, init_weights, save_weights
 from rwkv_nb.model.checkpoint import assemble
-from rwkv_nb.quant import Held, frozen_product
+from rwkv_nb.quant import Held, bitsandbytes, frozen_product
 from rwkv_nb.runs import Run
 from rwkv_nb.train.loop import Trainer
 from rwkv_nb.train.optimizer import make_optimizer
@@ -45,6 +46,7 @@ from predict_memory import BARS, FLOOR  # noqa: E402
 TINY = Shape(4, 128, 512, 16, 16, 16, 16, 512)
 RUN = {"cpu": (Shape(2, 64, 257, 16, 16, 16, 16, 128), 32), "cuda": (Shape(8, 768, 257, 32, 32, 32, 32, 3072), 512)}
 KINDS = {"balanced": "safe", "small": "lean"}   # the floor that each preset is measured by
+PACKED = importlib.util.find_spec("bitsandbytes") is not None   # it is not on every machine
 STEPS, SLOWEST = 6, 2 / 3                       # timed steps; the least that `small` may have of the speed of `fast`
 
 
@@ -64,7 +66,7 @@ def cases(options):
             yield "bars", functools.partial(bars, found)
     yield "a run out of memory goes on smaller", functools.partial(_goes_on_smaller, device)
     yield "the largest micro_bsz that fits runs", functools.partial(_largest_runs, device)
-    for kind in ("int8", "nf4"):
+    for kind in ("int8", "nf4") if PACKED else ("int8",):
         yield f"{kind} against its dense copy", functools.partial(_held_product, kind, device)
     yield "adam_state: each learns the same", functools.partial(_adam_states, device)
     yield "grad_cp: each has the same gradient, in less memory", functools.partial(_checkpointing, device)
@@ -113,8 +115,10 @@ def _cell(shape: Shape, preset: str, quant: str, tutorial: float | None, device:
           ) -> dict:
     settings = replace(TUTORIAL_SETTINGS, **PRESETS[preset], quant=quant, ctx_len=1024 if device == "cuda" else 64)
     try:
+        if quant == "nf4" or settings.train.adam_state == "8bit":
+            bitsandbytes()  # before a model is made for nothing
         result = if_memory_lasts(lambda: _measure(shape, settings, device))
-    except SettingsError as error:  # bitsandbytes is not on every machine
+    except SettingsError as error:
         return {"note": str(error).splitlines()[0]}
     free_memory()
     if result is None:
@@ -251,7 +255,7 @@ def _apart(a: torch.Tensor, b: torch.Tensor) -> float:
 def _adam_states(device: str) -> dict:
     with _run_of(device) as (_, settings):
         losses = {state: [row["loss"] for row in _steps(settings, 8, adam_state=state)]
-                  for state in ("fp32", "bf16", "8bit")}
+                  for state in (("fp32", "bf16", "8bit") if PACKED else ("fp32", "bf16"))}
     first, last = losses["fp32"][0], losses["fp32"][-1]
     return {"first": round(first, 4), **{state: round(each[-1], 4) for state, each in losses.items()},
             "ok": last < 0.9 * first and all(math.isclose(each[-1], last, rel_tol=0.05) for each in losses.values())}

@@ -46,8 +46,10 @@ def _step(shape, B, T, grad_cp, device, dropout=0.01, fused=True) -> dict:
     op, loaded = pick_op("auto", device, torch.bfloat16, shape.generation), set(kernels._loaded)
     if not fused:
         kernels._loaded.clear()
-    result = if_memory_lasts(lambda: _measure(shape, B, T, grad_cp, device, dropout))
-    kernels._loaded.update(loaded)
+    try:
+        result = if_memory_lasts(lambda: _measure(shape, B, T, grad_cp, device, dropout))
+    finally:
+        kernels._loaded.update(loaded)
     free_memory()
     return {"note": "more memory is needed"} if result is None else {"op": op} | result
 

@@ -79,8 +79,8 @@ def test_two_processes_build_the_kernel_once_from_the_wheels_own_sources(environ
     torch would wait for ever."""
     shipped, = environment.glob("lib/*/site-packages/rwkv_nb/cuda")
     assert contents(shipped) == contents(ROOT / "cuda")
-    cache, library = tmp_path / "cache", build.library_name() + ".so"
-    left = cache / "rwkv_nb" / (build.library_name() + ".build")
+    cache, name = tmp_path / "cache", f"{build._stem()}-{build.digest(build._compiler_version())}"
+    left = cache / "rwkv_nb" / f"{name}.build"
     left.mkdir(parents=True)
     (left / "lock").touch()
     (left / "rwkv_nb_cpu.so").write_bytes(b"half")
@@ -89,7 +89,7 @@ def test_two_processes_build_the_kernel_once_from_the_wheels_own_sources(environ
     said = [finish(process) for process in both]
     assert [out.strip() for out, _ in said] == ["built and right"] * 2
     assert sum(err.count("compiling the C++ WKV kernels") for _, err in said) == 1
-    assert [path.name for path in cache.rglob("*.so")] == [library]
+    assert [path.name for path in cache.rglob("*.so")] == [f"{name}.so"]
     assert not list(cache.rglob("*.build"))
 
 

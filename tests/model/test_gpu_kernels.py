@@ -12,10 +12,12 @@ from host_build import compile_on_host
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rwkv_nb.config import LoraSettings
-from rwkv_nb.lora.layers import adapter_parameters, attach
+from rwkv_nb.config import LiveSettings, LoraSettings, TrainSettings
+from rwkv_nb.dropout import Dropout
+from rwkv_nb.lora.layers import adapter_parameters, attach, set_dropout_step
 from rwkv_nb.loss import MAX_LOGIT, head_loss
-from rwkv_nb.model import State
+from rwkv_nb.memory import LiveBytes, _step
+from rwkv_nb.model import RWKV, Shape, State
 from rwkv_nb.wkv import kernels
 
 pytestmark = pytest.mark.xdist_group("nvcc")
@@ -164,6 +166,51 @@ def test_a_whole_model_is_the_same_with_them(lively, version, rows, grad_cp, mon
     assert {*there, *(f"{name}_backward" for name in there)} <= names
     for x, y, z in zip(fused, plain, exact, strict=True):  # where a norm divides by little, rounding grows, by luck
         assert (x - z).norm() <= 10 * (y - z).norm() + 1e-5 * z.norm()
+
+
+@pytest.mark.parametrize("version", ["x070", "x060", "x052"])
+@pytest.mark.parametrize("grad_cp", ["none", "selective", "block"])
+def test_they_keep_no_more_for_backward(lively, version, grad_cp, monkeypatch):
+    model = lively(version)
+    attach(model, LoraSettings(r=4), seed=0)
+    tokens = torch.randint(model.shape.vocab_size, (2, 33))
+
+    def kept():
+        with LiveBytes() as live:
+            hidden, _ = model.hidden(tokens, grad_cp=grad_cp, keep_state=False)
+            return live.now
+
+    plain = kept()
+    monkeypatch.setattr(kernels, "_loaded", {"cpu"})
+    assert kept() <= plain
+
+
+@pytest.mark.parametrize("shape", [Shape(3, 128, 9, 32, 32, 32, 32, 512),
+                                   Shape(3, 128, 9, 32, 0, 0, 0, 448, version="x060", rank_mix=16)])
+@pytest.mark.parametrize("grad_cp", ["none", "block"])
+@pytest.mark.parametrize("p", [0.0, 0.2])
+def test_a_gpus_step_takes_what_was_told(shape, grad_cp, p, monkeypatch):
+    """All but WKV, whose CPU's kernels keep no states."""
+    B, T, lora = 2, 64, LoraSettings(r=4)
+    t = TrainSettings(precision="bf16", grad_cp=grad_cp, micro_bsz=B,
+                      live=LiveSettings(accumulate_grad_batches=1, lora_dropout=p))
+    told = _step(shape, lora, T, True, t)
+    monkeypatch.setattr(kernels, "_loaded", {"cpu"})
+    monkeypatch.setattr(Dropout, "draw", lambda *_: None)
+    model = RWKV(shape, dtype=torch.bfloat16)
+    attach(model.train(), lora, seed=0)
+    set_dropout_step(model, 0, 0, 0, p)
+    with LiveBytes() as live:
+        for parameter in model.parameters():
+            live.count(parameter)
+        before = live.now
+        hidden, _ = model.hidden(torch.zeros(B, T, dtype=torch.long), op="cpu", grad_cp=grad_cp, keep_state=False)
+        forward, live.peak = live.now - before, live.now
+        hidden.backward(torch.empty_like(hidden))
+    states, layers = T // 16 * B * 128 * 64 * 4, shape.n_layer * (grad_cp != "block")
+    more = states * (layers or 1) + (B * T * 128 * 4 if shape.generation == 7 else 0)
+    assert told["forward"] == pytest.approx(forward + states * layers, rel=0.03)
+    assert told["backward"] == pytest.approx(live.peak - before + more, rel=0.03)
 
 
 def test_what_is_learnt_beside_the_adapter_is_computed_without_them(lively, monkeypatch):

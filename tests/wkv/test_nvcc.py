@@ -14,7 +14,7 @@ import torch
 from host_build import CUDA, compile_on_host, run
 
 from rwkv_nb.errors import KernelError
-from rwkv_nb.wkv import kernels, nvcc, pick_op
+from rwkv_nb.wkv import nvcc, pick_op
 
 pytestmark = pytest.mark.xdist_group("nvcc")
 HERE = Path(__file__).parent
@@ -153,6 +153,6 @@ def test_a_compiler_that_fails_is_quoted(tmp_path):
         NVCC.compile(tmp_path, "-arch=sm_1")
 
 
-def test_heads_of_another_width_are_refused():
-    with pytest.raises(KernelError, match="64 channels, not 8"):
-        kernels.run_cuda("wkv7", *torch.randn(6, 1, 2, 1, 8), None)
+def test_heads_of_another_width_are_refused_before_anything_is_compiled():
+    with pytest.raises(KernelError, match='"cuda" does not take heads of 8 channels'):
+        pick_op("cuda", "cuda", head_size=8)

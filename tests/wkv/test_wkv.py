@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import itertools
+import subprocess
 
 import fla_naive
 import numpy as np
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rwkv_nb.errors import KernelError
-from rwkv_nb.wkv import WKV, pick_op, self_test, wkv5, wkv6, wkv7
+from rwkv_nb.wkv import WKV, pick_op, self_test, selftest, wkv5, wkv6, wkv7
 from rwkv_nb.wkv.selftest import outputs_and_grads, realistic_inputs, relative_error
 
 INPUTS = {7: "rwkvab", 6: "rwkvu", 5: "rwkvu"}
@@ -302,6 +303,20 @@ def test_a_wrong_call_says_what_is_wrong():
         with pytest.raises(KernelError) as error:
             call()
         assert what in str(error.value) and "→" in str(error.value)
+
+
+@pytest.mark.parametrize("error, expected", [
+    (subprocess.CalledProcessError(1, "gcc"), KernelError), (RuntimeError("no kernel image"), KernelError),
+    (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError)])
+def test_whatever_a_gpu_kernel_fails_with_another_op_is_taken(error, expected, monkeypatch):
+    """But for too little memory, which is another op's trouble too."""
+    monkeypatch.setattr(selftest, "realistic_inputs", lambda *shape, device: [torch.zeros(1)])
+
+    def wkv(*inputs):
+        raise error
+
+    with pytest.raises(expected):
+        selftest.try_out(wkv)
 
 
 def test_self_test_is_green():
