@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 
 import hypothesis
 import pytest
@@ -26,6 +27,8 @@ def pytest_configure(config):
     """A machine that does much else fails no test. All processes of pytest-xdist have the first one's seed."""
     if config.option.seed is None:
         config.option.seed = getattr(config, "workerinput", {}).get("seed", random.SystemRandom().randrange(10**6))
+    # A shell's & has it ignored, and so would the programs that tests start and stop.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     slow = [hypothesis.HealthCheck.too_slow]
     hypothesis.settings.register_profile("house", deadline=None, suppress_health_check=slow)
     hypothesis.settings.load_profile("house")

@@ -72,8 +72,7 @@ def test_ctrl_c_stops_the_run_and_its_kernel_and_keeps_what_ran(tmp_path):
     write(tmp_path / "notebooks", "00_a.ipynb", "print('ran')",
           "import os, pathlib, time\npathlib.Path('pid').write_text(str(os.getpid()))\ntime.sleep(600)")
     process = subprocess.Popen([sys.executable, "-m", "rwkv_nb.cli", "run", "--notebooks", tmp_path / "notebooks"],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # in the background too
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     pid = tmp_path / "notebooks" / "pid"
     while not (pid.exists() and pid.read_text()) and process.poll() is None:
         time.sleep(0.05)
