@@ -197,8 +197,8 @@ class _Sizes(Held):
         self.codes = torch.empty((n if kind == "int8" else n // 2) + scales, dtype=torch.uint8)
 
     def dense(self, rows: slice = slice(None)) -> torch.Tensor:
-        scales = torch.empty(self.codes.numel() // 8 if self.kind == "nf4" else 0, dtype=torch.uint8)  # in fp32
-        dense = torch.empty(self.shape, dtype=self.dtype)
+        scales = self.codes.new_empty(self.codes.numel() // 8 if self.kind == "nf4" else 0)  # in fp32
+        dense = torch.empty(self.shape, dtype=self.dtype, device=self.device)
         del scales
         return dense
 
