@@ -6,8 +6,8 @@ with 257 rows reads the same ids as a large one would.
 """
 
 import ast
+import functools
 from collections.abc import Iterable
-from functools import cached_property
 
 import numpy as np
 
@@ -23,7 +23,7 @@ class _Tokenizer:
     vocab_size: int
     table: list[bytes]  # the bytes of every id, vocab_size entries; b"" for 0 and for ids that are not used
 
-    @cached_property
+    @functools.cached_property
     def lengths(self) -> np.ndarray:
         """How many bytes each id stands for: uint8 [vocab_size]."""
         return np.array([len(token) for token in self.table], dtype=np.uint8)
@@ -39,11 +39,9 @@ class WorldTokenizer(_Tokenizer):
     name, vocab_size = "world", 65536
 
     def __init__(self):
-        from pyrwkv_tokenizer import RWKVTokenizer  # a third of a second to load: only where it is used
+        self._encoder = _encoder()
 
-        self._encoder = RWKVTokenizer()
-
-    @cached_property
+    @functools.cached_property
     def table(self) -> list[bytes]:
         # The package's own decode panics on ids that are not in the vocabulary and on half a character,
         # and its get_vocab() leaves out tokens that are not UTF-8. The file it ships has them all:
@@ -65,12 +63,20 @@ class WorldTokenizer(_Tokenizer):
         return self._encoder.encode_batch(texts)
 
 
+@functools.cache
+def _encoder():
+    """One for all tokenizers of a process: it takes a third of a second and 240 MB, so it comes where it is used."""
+    from pyrwkv_tokenizer import RWKVTokenizer
+
+    return RWKVTokenizer()
+
+
 class ByteTokenizer(_Tokenizer):
     """Single bytes under World's ids: byte b is id b + 1, id 0 closes a document. 257 rows."""
 
     name, vocab_size = "byte", 257
 
-    @cached_property
+    @functools.cached_property
     def table(self) -> list[bytes]:
         return [b""] + [bytes([b]) for b in range(256)]
 
