@@ -20,7 +20,6 @@ from rwkv_nb.memory import LiveBytes, _step
 from rwkv_nb.model import RWKV, Shape, State
 from rwkv_nb.wkv import kernels
 
-pytestmark = pytest.mark.xdist_group("nvcc")
 B, T, H, N = 2, 7, 3, 64   # the last block of threads is not full
 C = H * N
 DTYPES = {torch.float32: 5e-7, torch.bfloat16: 3e-3, torch.float16: 4e-4}  # with the one rounding of each result

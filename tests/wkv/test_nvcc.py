@@ -16,7 +16,6 @@ from host_build import CUDA, compile_on_host, run
 from rwkv_nb.errors import KernelError
 from rwkv_nb.wkv import nvcc, pick_op
 
-pytestmark = pytest.mark.xdist_group("nvcc")
 HERE = Path(__file__).parent
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
 NVCC = nvcc.find_nvcc()
