@@ -90,8 +90,8 @@ class Estimate:
 
 
 def estimate(shape: Shape, settings: Settings, *, gpu: bool = True) -> Estimate:
-    """The memory of a run on a base of this shape, on each GPU or (gpu=False) in a CPU's memory. Takes about half a
-    second, and no time when asked again. Raises SettingsError as a run would for targets that fit nothing."""
+    """The memory of a run on a base of this shape, on each GPU or (gpu=False) in a CPU's memory. Takes about a second,
+    and no time when asked again. Raises SettingsError as a run would for targets that fit nothing."""
     t, live = dataclasses.replace(settings.train, micro_bsz=rows(settings)), settings.train.live
     T = min(settings.data.ctx_len, t.chunk_ctx or settings.data.ctx_len)
     chunked, joined = T < settings.data.ctx_len, t.devices * t.num_nodes > 1

@@ -34,7 +34,7 @@ class Room:
         return warning(self._shape, settings, self._name, self._limit, gpu=True)
 
     def smaller(self, settings: Settings, *, loading: bool = False, resumed: bool = True) -> dict | None:
-        """The settings to go on with where memory ran out in a step, or over loading; as of memory.next_smaller."""
+        """The settings to go on with where memory ran out in a step, or over loading; as of fit.next_smaller."""
         return next_smaller(self._shape, settings, loading=loading, resumed=resumed, gpu=self._gpu)
 
 
