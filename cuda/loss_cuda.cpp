@@ -16,9 +16,6 @@ Tensor loss(Tensor logits, const Tensor& targets, double max_logit, bool gradien
   return sums;
 }
 
-TORCH_LIBRARY_FRAGMENT(rwkv_nb, m) {
-  m.def("loss(Tensor(a!) logits, Tensor targets, float max_logit, bool gradient) -> Tensor");
-}
 TORCH_LIBRARY_IMPL(rwkv_nb, DISPATCH_KEY, m) { m.impl("loss", loss); }
 
 }  // namespace

@@ -109,15 +109,6 @@ Tensors finish_backward(const Tensors& in, const Tensors& rkv, double eps, const
   return out;
 }
 
-TORCH_LIBRARY_FRAGMENT(rwkv_nb, m) {
-  m.def("shift(Tensor x, Tensor before, Tensor[] mixes) -> Tensor[]");
-  m.def("shift_backward(Tensor x, Tensor before, Tensor[] mixes, Tensor[] dy) -> Tensor[]");
-  m.def("prepare(Tensor[] inputs, Tensor? mix, Tensor? v_first) -> Tensor[]");
-  m.def("prepare_backward(Tensor[] inputs, Tensor? mix, Tensor? v_first, Tensor[] grads) -> Tensor[]");
-  m.def("finish(Tensor[] inputs, Tensor[] rkv, float eps) -> Tensor");
-  m.def("finish_backward(Tensor[] inputs, Tensor[] rkv, float eps, Tensor d_out) -> Tensor[]");
-}
-
 TORCH_LIBRARY_IMPL(rwkv_nb, DISPATCH_KEY, m) {
   m.impl("shift", shift);
   m.impl("shift_backward", shift_backward);

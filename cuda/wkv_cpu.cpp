@@ -73,6 +73,14 @@ TORCH_LIBRARY_FRAGMENT(rwkv_nb, m) {
          "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor");
   for (const auto* name : {"wkv6", "wkv5"})
     define(name, "Tensor r, Tensor w, Tensor k, Tensor v, Tensor u", "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor");
+  // A GPU's alone (pointwise_cuda.cpp, loss_cuda.cpp), known here too so that the memory of its steps can be told.
+  m.def("shift(Tensor x, Tensor before, Tensor[] mixes) -> Tensor[]");
+  m.def("shift_backward(Tensor x, Tensor before, Tensor[] mixes, Tensor[] dy) -> Tensor[]");
+  m.def("prepare(Tensor[] inputs, Tensor? mix, Tensor? v_first) -> Tensor[]");
+  m.def("prepare_backward(Tensor[] inputs, Tensor? mix, Tensor? v_first, Tensor[] grads) -> Tensor[]");
+  m.def("finish(Tensor[] inputs, Tensor[] rkv, float eps) -> Tensor");
+  m.def("finish_backward(Tensor[] inputs, Tensor[] rkv, float eps, Tensor d_out) -> Tensor[]");
+  m.def("loss(Tensor(a!) logits, Tensor targets, float max_logit, bool gradient) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(rwkv_nb, CPU, m) {

@@ -6,7 +6,9 @@ Axes: B batch, T time, C channels, V vocabulary.
 
 import dataclasses
 import functools
+import threading
 import weakref
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +23,7 @@ from .loss import CHUNK, GPU_CHUNK, SLICE
 from .model import DTYPES, RWKV, Shape, State
 from .quant import HEAD_ROWS, Held, QuantLinear
 from .wkv import pick_op
-from .wkv.kernels import SAVE
+from .wkv.kernels import meta_as_gpu, room_of
 
 CONTEXT = 500_000_000     # what CUDA, or Python with torch, takes for itself
 ADAM_BYTES = {"fp32": 8.0, "bf16": 4.0, "8bit": 2 + 8 / 256}
@@ -47,6 +49,10 @@ class LiveBytes(TorchDispatchMode):
         for tensor in tree_flatten(out)[0]:
             if isinstance(tensor, torch.Tensor):
                 self.count(tensor)
+        room = room_of(function, args)
+        if room:
+            self.born(0, room)
+            self.freed(0, room)
         return out
 
     def count(self, tensor: torch.Tensor) -> None:
@@ -154,6 +160,9 @@ def numberless(shape: Shape, lora: LoraSettings, t: TrainSettings, gpu: bool) ->
     return model
 
 
+_tracing = threading.Lock()  # what meta stands for is the same for all threads
+
+
 @functools.lru_cache(4096)
 def _step(shape: Shape, lora: LoraSettings, T: int, gpu: bool, t: TrainSettings) -> dict:
     """Forward and backward of a small model without numbers. Bytes: weights (of emb and head none), lora; forward:
@@ -161,7 +170,8 @@ def _step(shape: Shape, lora: LoraSettings, T: int, gpu: bool, t: TrainSettings)
     dtype, B, C = DTYPES[t.precision], t.micro_bsz, shape.n_embd
     op = pick_op(t.op if t.op in ("torch", "chunked") else "auto", "cpu", dtype, shape.generation)
     state = after = None
-    with torch.device("meta"), LiveBytes() as live:
+    as_there = meta_as_gpu() if gpu and op == "cpu" else nullcontext()
+    with _tracing, torch.device("meta"), as_there, LiveBytes() as live:
         model = numberless(shape, lora, t, gpu)
         parameters = list(adapter_parameters(model))
         trained = sum(p.nbytes for p in parameters)
@@ -177,12 +187,6 @@ def _step(shape: Shape, lora: LoraSettings, T: int, gpu: bool, t: TrainSettings)
         ends = [(hidden, torch.empty_like(hidden)), *zip(kept or (), after or (), strict=True)]
         torch.autograd.backward(*zip(*(end for end in ends if end[0].requires_grad), strict=True))
         backward = live.peak - before
-    if gpu and op == "cpu":  # for as long as a block keeps anything, the GPU's kernels keep states, and their gated
-        states = -(-T // SAVE) * B * C * shape.head_size * 4    # norm a tensor or, with SiLU, two less than PyTorch's
-        kept = states - (1 if shape.generation == 7 else 2) * B * T * C * dtype.itemsize
-        forward += kept * shape.n_layer * (t.grad_cp != "block")
-        backward += kept * (1 if t.grad_cp == "block" else shape.n_layer)
-        backward += B * T * C * 4 * (shape.generation == 7)  # wkv7's backward has one tensor for itself
     return {"weights": weights, "lora": trained, "forward": forward, "backward": backward}
 
 

@@ -5,8 +5,10 @@ wkvX_backward(*inputs, state, saved, dy, dlast) -> (gradients of the inputs, of 
 state may hold int64 [texts + 1]: where texts begin in the B·T steps, and the end; then no state goes in or comes out.
 """
 
+import contextlib
 import functools
 import threading
+from collections.abc import Iterator
 
 import torch
 
@@ -17,6 +19,7 @@ from .selftest import try_out
 VERSIONS = ("wkv7", "wkv6", "wkv5")
 SAVE = 16       # steps between two states that the GPU kernels keep for backward
 CUDA_HEAD = 64  # channels of a head that the GPU kernels take
+BUSY = 512      # heads times pieces of time that keep a GPU busy
 
 _lock = threading.Lock()
 _loaded: set[str] = set()  # types of device whose pointwise kernels and loss are loaded
@@ -57,17 +60,28 @@ def _load_once() -> None:
         torch.library.register_fake(f"rwkv_nb::{name}", functools.partial(_fake, name))
         torch.library.register_fake(f"rwkv_nb::{name}_backward", _fake_backward)
         torch.library.register_autograd(f"rwkv_nb::{name}", functools.partial(_backward, name), setup_context=_setup)
+    _register_gpu_operators()
 
 
 @remembered
 def _load_cuda_once() -> None:
     load_cuda_kernels()
     try_out(functools.partial(run, "wkv7"))
-    register_gpu_operators()
+    _loaded.add("cuda")
 
 
-def register_gpu_operators() -> None:
-    """Tell torch.compile the shapes of the operators that are the GPU's alone: of the pointwise steps and the loss."""
+@contextlib.contextmanager
+def meta_as_gpu() -> Iterator[None]:
+    """Inside, tensors on meta, sizes without numbers, are computed with as a GPU's are. `load` comes first."""
+    _loaded.add("meta")
+    try:
+        yield
+    finally:
+        _loaded.discard("meta")
+
+
+def _register_gpu_operators() -> None:
+    """The shapes of the operators that are the GPU's alone: of the pointwise steps and the loss."""
     def like(x):
         return x.new_empty(x.shape)
 
@@ -85,7 +99,6 @@ def register_gpu_operators() -> None:
             "finish_backward": lambda inputs, rkv, eps, d_out: [*map(like, inputs[:2]), *map(like, rkv[:3])],
             "loss": lambda logits, *_: logits.new_empty(len(logits), 2, dtype=torch.float32)}.items():
         torch.library.register_fake(f"rwkv_nb::{name}", fake)
-    _loaded.add("cuda")
 
 
 def on_gpu(*tensors) -> bool:
@@ -102,7 +115,7 @@ def _fake(name, r, *others):
     B, T, H, N = r.shape
     last = r.new_empty(0 if _are_texts(state) else B, H, N, N, dtype=torch.float32)
     sa = name == "wkv7"
-    if r.device.type == "cuda":
+    if r.device.type in _loaded:
         states = B * T // SAVE + len(state) - 1 if _are_texts(state) else -(-T // SAVE) * B
         return r.new_empty(r.shape), last, last.new_empty((sa * r.numel() + states * H * N * N) if save else 0)
     return r.new_empty(r.shape), last, last.new_empty(B, T if sa and save else 0, H, N)
@@ -113,6 +126,18 @@ def _fake_backward(*args):
     B, _, H, N = inputs[0].shape
     begun = state is not None and not _are_texts(state)
     return *(x.new_empty(x.shape) for x in inputs), saved.new_empty(B if begun else 0, H, N, N)
+
+
+def room_of(function, args) -> int:
+    """Bytes that an operator takes for itself while it works: those of a GPU's wkvX_backward are gradients of states,
+    one for each piece of time (cuda/wkv_gpu.h), and WKV-7's gb."""
+    name = function.name() if function.namespace == "rwkv_nb" else ""
+    if not ("::wkv" in name and "_backward" in name and args[0].device.type in _loaded):
+        return 0
+    B, T, H, N = args[0].shape
+    chunks = -(-T // SAVE)
+    pieces = -(-chunks // -(-chunks // min(-(-BUSY // (B * H)), chunks)))
+    return 4 * (B * H * pieces * N * N + ("wkv7" in name) * args[0].numel())
 
 
 def _are_texts(state) -> bool:

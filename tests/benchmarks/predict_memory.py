@@ -26,6 +26,7 @@ from rwkv_nb.lora.layers import adapter_parameters
 from rwkv_nb.loss import GPU_CHUNK
 from rwkv_nb.memory import ADAM_BYTES, QUANTS, TUTORIAL, TUTORIAL_SETTINGS, LiveBytes, estimate, numberless
 from rwkv_nb.model import PUBLISHED, PUBLISHED_OLDER, Shape
+from rwkv_nb.wkv.kernels import load, meta_as_gpu
 
 BARS = {"balanced": 0.70, "small": 0.58}   # the geometric mean of ours ÷ the tutorial's that is asked for
 FLOOR = {  # the least that a cell can take, computed from the shapes: bf16, int8, nf4 of "safe" and of "lean"
@@ -96,7 +97,7 @@ def whole_model(shape: Shape, settings: Settings) -> tuple[int, int]:
 
     with torch.device("meta"):
         model = numberless(dataclasses.replace(shape, vocab_size=1), settings.lora, t, gpu=True)
-    with torch.device("meta"), CachingAllocator() as allocator:
+    with torch.device("meta"), meta_as_gpu(), CachingAllocator() as allocator:
         stays = room(V * shape.n_embd * (1 if t.quant_head else 2), *[2**23 + 2**17] * 2)   # head, workspaces
         for module in model.blocks.modules():
             held = getattr(module, "held", None)
@@ -136,6 +137,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "memory_prediction.json")
     out = options.parse_args().out
+    load()
     cells = [cell(name, preset, i) for preset in BARS for name in TUTORIAL for i in range(3)]
 
     def mean(preset: str, more: float = 0) -> float:

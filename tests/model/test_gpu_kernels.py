@@ -27,8 +27,8 @@ DTYPES = {torch.float32: 5e-7, torch.bfloat16: 3e-3, torch.float16: 4e-4}  # wit
 
 @pytest.fixture(scope="module", autouse=True)
 def operators(tmp_path_factory):
+    kernels.load()
     torch.ops.load_library(compile_on_host(tmp_path_factory.mktemp("kernels"), "pointwise", "loss"))
-    kernels.register_gpu_operators()
 
 
 @pytest.fixture(autouse=True)
@@ -163,8 +163,8 @@ def test_a_whole_model_is_the_same_with_them(lively, version, rows, grad_cp, mon
     fused, names = outcome()
     there = ("shift", "finish", "prepare") if version == "x070" else ("shift", "finish")
     assert {*there, *(f"{name}_backward" for name in there)} <= names
-    for x, y, z in zip(fused, plain, exact, strict=True):  # where a norm divides by little, rounding grows, by luck
-        assert (x - z).norm() <= 10 * (y - z).norm() + 1e-5 * z.norm()
+    for x, y, z in zip(fused, plain, exact, strict=True):  # where a norm divides by little, either is off, by luck
+        assert (x - z).norm() <= 10 * (y - z).norm() + 2e-4 * z.norm()
 
 
 @pytest.mark.parametrize("version", ["x070", "x060", "x052"])
@@ -186,7 +186,7 @@ def test_they_keep_no_more_for_backward(lively, version, grad_cp, monkeypatch):
 
 @pytest.mark.parametrize("shape", [Shape(3, 128, 9, 32, 32, 32, 32, 512),
                                    Shape(3, 128, 9, 32, 0, 0, 0, 448, version="x060", rank_mix=16)])
-@pytest.mark.parametrize("grad_cp", ["none", "block"])
+@pytest.mark.parametrize("grad_cp", ["none", "selective", "block"])
 @pytest.mark.parametrize("p", [0.0, 0.2])
 def test_a_gpus_step_takes_what_was_told(shape, grad_cp, p, monkeypatch):
     """All but WKV, whose CPU's kernels keep no states."""
@@ -207,9 +207,8 @@ def test_a_gpus_step_takes_what_was_told(shape, grad_cp, p, monkeypatch):
         forward, live.peak = live.now - before, live.now
         hidden.backward(torch.empty_like(hidden))
     states, layers = T // 16 * B * 128 * 64 * 4, shape.n_layer * (grad_cp != "block")
-    more = states * (layers or 1) + (B * T * 128 * 4 if shape.generation == 7 else 0)
-    assert told["forward"] == pytest.approx(forward + states * layers, rel=0.03)
-    assert told["backward"] == pytest.approx(live.peak - before + more, rel=0.03)
+    assert told["forward"] == pytest.approx(forward + states * layers, rel=0.01)
+    assert told["backward"] == pytest.approx(live.peak - before + states * (layers or 1), rel=0.01)
 
 
 def test_what_is_learnt_beside_the_adapter_is_computed_without_them(lively, monkeypatch):
