@@ -1,12 +1,13 @@
 """flash-linear-attention's chunked kernels under our signature. Theirs: log-decay for the raw one, a state [K,V], and a
-scale that is 1/√N unless told. Its WKV-7 takes no float32. Not yet run on a GPU."""
+scale that is 1/√N unless told. Its WKV-7 is not meant for float32; decays near 0 cost its sums digits. Its kernels were
+run in Triton's interpreter, not yet on a GPU."""
 
 import importlib.util
 
 import torch
 
 from ..errors import KernelError
-from .reference import at_every_step
+from .reference import at_every_step, log_decay
 
 
 def load() -> None:
@@ -23,7 +24,7 @@ def wkv7(r, w, k, v, a, b, state=None, *, chunk=None):
         if r.dtype == torch.float32:
             raise KernelError('op "fla" takes no float32 for WKV-7', where="op", fix='use bf16, or op "triton"')
         from fla.ops.rwkv7 import chunk_rwkv7 as chunk
-    y, last = chunk(r, -w.float().exp(), *(x.to(r.dtype) for x in (k, v, a, b)), scale=1.0, **_states(state))
+    y, last = chunk(r, log_decay(w.float()), *(x.to(r.dtype) for x in (k, v, a, b)), scale=1.0, **_states(state))
     return y, last.mT
 
 
@@ -32,7 +33,7 @@ def wkv6(r, w, k, v, u, state=None, *, chunk=None):
     if chunk is None:
         from fla.ops.rwkv6 import chunk_rwkv6 as chunk
     k, v, u = (x.to(r.dtype) for x in (k, v, u))
-    y, last = chunk(r, k, v, -w.float().exp(), u, scale=1.0, **_states(state))
+    y, last = chunk(r, k, v, log_decay(w.float()), u, scale=1.0, **_states(state))
     return y, last.mT
 
 

@@ -115,11 +115,15 @@ def _prepare(state, *inputs):
     return state.to(dtype), [x.to(dtype) for x in inputs]
 
 
+def log_decay(w):
+    """-exp(w). Below exp(-81) a decay is 0 in float32; the bound keeps sums of them finite, in value and gradient."""
+    return -torch.exp(w.clamp(max=4.4))
+
+
 def _chunks(r, w, *others):
     """r, the log-decay (float64: its gradients are sums that cancel) and the others as [B,H,n,L,N], L steps a chunk."""
     L = min(CHUNK, r.shape[1])
-    # Below exp(-81) a decay is 0 in float32; the bound keeps every exponent finite, in value and gradient.
-    inputs = r, -torch.exp(w.clamp(max=4.4)).double(), *others
+    inputs = r, log_decay(w).double(), *others
     # Padding is a step with log-decay 0 and nothing added: it leaves the state alone.
     return [rearrange(F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % L)), "B (n L) H N -> B H n L N", L=L) for x in inputs]
 

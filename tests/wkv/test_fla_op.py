@@ -1,7 +1,16 @@
-"""The mapping to flash-linear-attention: its naive recurrences, called as its kernels are, against our definition."""
+"""The mapping to flash-linear-attention against our definition: its naive recurrences, called as its kernels are, and
+its kernels in Triton's interpreter."""
 
 import functools
+import importlib.util
 import inspect
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import fla_naive
 import pytest
@@ -36,6 +45,34 @@ def test_the_kernels_still_take_these_arguments(version):
     theirs = inspect.signature(kernel).parameters
     assert list(ours)[:6] == list(theirs)[:6] if version == 7 else list(ours)[:5] == list(theirs)[:5]
     assert set(ours) <= set(theirs)
+
+
+CASES = [{"version": 7, "dtype": "float16"}, {"version": 7, "dtype": "float16", "state": False},
+         {"version": 6}, {"version": 6, "state": False, "wide": True}, {"version": 5}]
+
+
+@pytest.fixture(scope="module")
+def interpreted(tmp_path_factory):
+    """The errors of CASES by a copy of the package without what the interpreter cannot do: there a loop's variable is a
+    number of Python's own, which has no .to(), and no kernel may call tl.gather by another name."""
+    pytest.importorskip("triton", reason="fla's kernels need triton")
+    copy = tmp_path_factory.mktemp("fla")
+    shutil.copytree(importlib.util.find_spec("fla").submodule_search_locations[0], copy / "fla")
+    for path in copy.rglob("*.py"):
+        text = re.sub(r"\b(i_[a-z]+|T)\.to\(tl\.int64\)", r"\1", path.read_text())
+        path.write_text(re.sub(r"^IS_GATHER_SUPPORTED =.*", "IS_GATHER_SUPPORTED = False", text, flags=re.MULTILINE))
+    script, places = Path(__file__).parent / "in_triton.py", filter(None, (str(copy), os.environ.get("PYTHONPATH")))
+    done = subprocess.run(
+        [sys.executable, script, "fla_op", json.dumps([{"T": 19, "H": 2} | case for case in CASES])], text=True,
+        capture_output=True, env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(places)})
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("i", range(len(CASES)), ids=["-".join(f"{k}={v}" for k, v in c.items()) for c in CASES])
+def test_its_kernels_in_the_interpreter_against_float64(interpreted, i):
+    for name, error in interpreted[i].items():
+        assert error <= (4e-3 if "dtype" in CASES[i] else 1e-4 if "wide" in CASES[i] else 2e-6), name
 
 
 def test_what_it_does_not_take_is_said(monkeypatch):

@@ -1,6 +1,6 @@
 """The Triton kernels without a GPU: in Triton's interpreter against float64, and through its compiler for GPUs.
 
-Left out where triton, a gigabyte, is not installed: pip install 'rwkv_nb[triton]'.
+Left out where triton is not installed.
 """
 
 import json
@@ -29,7 +29,7 @@ CASES = [
 @pytest.fixture(scope="module")
 def interpreted():
     script = Path(__file__).parent / "in_triton.py"
-    done = subprocess.run([sys.executable, script, json.dumps(CASES)], capture_output=True, text=True,
+    done = subprocess.run([sys.executable, script, "triton_op", json.dumps(CASES)], capture_output=True, text=True,
                           env=os.environ | {"TRITON_INTERPRET": "1"})
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
