@@ -4,6 +4,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,14 +14,14 @@ from hypothesis import strategies as st
 
 from rwkv_nb import runs
 from rwkv_nb.config import Settings, replace
-from rwkv_nb.errors import RunError, SettingsError
+from rwkv_nb.errors import InUseError, RunError, SettingsError
 from rwkv_nb.runs import Run
 
 FULL_DISK = """
 import resource, sys
 import torch
 from safetensors.torch import save_file
-from rwkv_nb.errors import RunError
+from rwkv_nb.errors import InUseError, RunError
 from rwkv_nb.model import save_weights
 from rwkv_nb.runs import Run, atomic_path, write_text
 folder, weights = sys.argv[1], {"w": torch.randn(100_000)}
@@ -64,6 +66,21 @@ def test_an_error_of_the_writer_itself_passes_through(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"] and target.read_text() == "old"
 
 
+def test_threads_that_write_one_file_at_once_each_write_it_whole(tmp_path):
+    target, together = tmp_path / "a.txt", threading.Barrier(2, timeout=60)
+
+    def write(text):
+        with runs.atomic_path(target) as path:
+            together.wait()
+            path.write_text(text)
+            together.wait()
+
+    with ThreadPoolExecutor() as threads:
+        for writing in [threads.submit(write, text) for text in ("one", "two")]:
+            writing.result()
+    assert target.read_text() in ("one", "two") and len(list(tmp_path.iterdir())) == 1
+
+
 def test_a_folder_that_cannot_be_made_is_said(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="could not write"):
@@ -92,7 +109,7 @@ def test_one_run_at_a_time(tmp_path):
         holder.send_signal(signal.SIGKILL)
         holder.wait()
         with Run(tmp_path).lock():           # the system frees what a dead process held
-            assert (tmp_path / ".lock").read_text() == str(os.getpid())
+            assert (tmp_path / ".lock").read_text() == f"process {os.getpid()}\n"
             with pytest.raises(RunError), Run(tmp_path).lock():
                 pass
         with Run(tmp_path).lock():
@@ -102,13 +119,24 @@ def test_one_run_at_a_time(tmp_path):
         holder.communicate()
 
 
+def test_a_file_stays_held_by_those_it_was_given_to(tmp_path):
+    """As a log by the processes that write to it, where the one that started them is dead."""
+    held = tmp_path / "log"
+    assert not runs.in_use(held)
+    with runs.locked(held) as log:
+        reader = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=log)
+    assert runs.in_use(held)
+    with pytest.raises(match=f"process {os.getpid()}"), runs.locked(held):
+        pass
+    reader.communicate(b"said")
+    assert not runs.in_use(held) and held.read_text().endswith("said")
+
+
 def test_a_folder_that_cannot_be_written_is_said(tmp_path):
     (tmp_path / "a file").touch()
     run = Run(tmp_path / "a file" / "run")
     with pytest.raises(RunError, match="a file/run: this folder cannot be written"), run.lock():
         pass
-    with pytest.raises(RunError, match="cannot be written"):   # and nobody uses it
-        run.in_use()
 
 
 def test_what_a_killed_process_had_half_written_goes_with_the_next_run(tmp_path):

@@ -21,17 +21,18 @@ import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TextIO
 
 import torch.distributed as dist
 
 from .. import config
 from ..config import LiveSettings, Settings
-from ..errors import RunError, RwkvNbError, SettingsError, TrainingError
-from ..runs import Run, free_bytes, write_text
+from ..errors import InUseError, RunError, RwkvNbError, SettingsError, TrainingError
+from ..runs import Run, free_bytes, in_use, locked, read_rows, write_text
 from .loop import pick_device
 from .ranks import JoinedRanks
 from .session import TrainSession
-from .snapshot import DONE, Sample, Snapshot, Waiting
+from .snapshot import DONE, Sample, Snapshot, Waiting, shown
 
 SECONDS = 0.2   # between two looks at control.jsonl, and at least between two writings of status.json
 
@@ -66,9 +67,8 @@ class LaunchedSession(Waiting):
         config.check_together(self.settings)
         self._options = {"prompts": list(prompts), "start": start, "max_tokens": max_tokens}
         self._live, self._process, self._started = self.settings.train.live, None, False
-        self.paused = False                # from pause() to resume()
         self._rows, self._read, self._reading = [], 0, threading.Lock()  # a cell and a panel read at once
-        self._file = {name: self.run.folder / name for name in ("control.jsonl", "status.json")}
+        self._control, self._status = self.run.folder / "control.jsonl", self.run.folder / "status.json"
         node = self.settings.train.node_rank
         self._plan, self._log = (self.run.folder / f"launch-{node}.{kind}" for kind in ("json", "log"))
 
@@ -76,38 +76,33 @@ class LaunchedSession(Waiting):
         """Start the processes and return at once; where they are at work on this folder already, follow them."""
         if self._started:
             raise RunError("this session has been started already", where=self.run.folder, fix="make a new one")
-        if self.run.in_use():
-            self._started = True
-            self.paused = self.snapshot().status == "paused"
-        else:
-            self._launch(self.settings.train)
-            self._started = True      # only now: what kept it from starting can be mended, and start() called again
+        with contextlib.suppress(InUseError), locked(self._log) as log:
+            self._launch(self.settings.train, log)
+        self._started = True          # only now: what kept it from starting can be mended, and start() called again
         return self
 
-    def _launch(self, t: config.TrainSettings) -> None:
+    def _launch(self, t: config.TrainSettings, log: TextIO) -> None:
+        """Start the processes. The log is what they write to, so each holds it as long as it lives, whoever dies."""
         pick_device(t.accelerator, t.devices - 1)     # what is not there is said now
         command = [*torchrun(t), "-m", "rwkv_nb.train.launch", str(self._plan)]
         if not t.node_rank:
-            for path in self._file.values():
-                path.unlink(missing_ok=True)
+            self._control.unlink(missing_ok=True)
+            self._status.unlink(missing_ok=True)
         write_text(self._plan, json.dumps({"settings": dataclasses.asdict(self.settings), **self._options}))
         threads = str(max(1, len(os.sched_getaffinity(0)) // t.devices))  # torchrun would give each process one
-        with open(self._log, "w", encoding="utf-8") as log:
-            self._process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
-                                             start_new_session=True, env={"OMP_NUM_THREADS": threads, **os.environ})
+        self._process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+                                         start_new_session=True, env={"OMP_NUM_THREADS": threads, **os.environ})
 
     def _send(self, what: str, **values) -> None:
-        with open(self._file["control.jsonl"], "a", encoding="utf-8") as f:
+        with open(self._control, "a", encoding="utf-8") as f:
             f.write(json.dumps({"do": what, "values": values}) + "\n")
 
     def pause(self) -> None:
         """Hold every process after the optimizer step that is under way."""
-        self.paused = True
         self._send("pause")
 
     def resume(self) -> None:
         """Go on after pause()."""
-        self.paused = False
         self._send("resume")
 
     def stop(self) -> None:
@@ -129,14 +124,17 @@ class LaunchedSession(Waiting):
 
     def snapshot(self) -> Snapshot:
         """The run as its first process last wrote it down."""
-        told = {"status": "ready"}
+        told, asked = {"status": "ready"}, []
         if self._started:
-            told, alive = {"status": "preparing"}, self._process.poll() is None if self._process else self.run.in_use()
+            told, alive = {"status": "preparing"}, self._process.poll() is None if self._process else in_use(self._log)
+            asked = [order["do"] for order in read_rows(self._control)]
             with contextlib.suppress(OSError, ValueError):
-                told = json.loads(self._file["status.json"].read_text(encoding="utf-8"))
+                told = json.loads(self._status.read_text(encoding="utf-8"))
             if not alive and told["status"] not in DONE:
                 well = self._process and self._process.returncode == 0      # a machine that has not the first process
                 told["status"] = "finished" if well else "failed"
+        paused = [what for what in asked if what in ("pause", "resume")][-1:] == ["pause"]
+        told |= {"paused": paused, "status": shown(told["status"], stop="stop" in asked, paused=paused)}
         if told["status"] == "failed":
             told["error"] = self._last_words()
         live, early = told.pop("live", None), told["status"] in ("ready", "preparing")
@@ -197,11 +195,9 @@ def work(plan: Path) -> int:
     while True:
         now = session.snapshot()
         if ranks.rank == 0:
-            lines = control.read_bytes().split(b"\n")[:-1] if control.exists() else []
-            for line in lines[obeyed:]:
-                order = json.loads(line)
+            for order in read_rows(control)[obeyed:]:
                 getattr(session, order["do"])(**order["values"])
-            obeyed = len(lines)
+                obeyed += 1
             told = dataclasses.replace(now, rows=())    # those are in metrics.jsonl
             write_text(folder / "status.json", json.dumps(dataclasses.asdict(told)))
         if now.done:

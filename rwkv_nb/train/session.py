@@ -234,7 +234,7 @@ class TrainSession(Controls):
                    + ("resume to go on with " if self._ask else "going on with ") + words(change))
         if self._ask and not self._stop:
             self._go.clear()
-        self._status = "paused" if self.paused else "preparing"
+        self._status = "preparing" if self._go.is_set() else "paused"
         while not self._stop and not self._go.wait(0.1):
             pass                          # stop() may have come a moment before the clear() above
         if self._stop:
@@ -255,7 +255,7 @@ class TrainSession(Controls):
     def _orders(self) -> Orders:
         """What every process does next; a pause lasts in here, so that all of them keep in touch."""
         while True:
-            mine = self.ranks.ask(Orders(self._read_live(), self._stop, self._save, self.paused,
+            mine = self.ranks.ask(Orders(self._read_live(), self._stop, self._save, not self._go.is_set(),
                                          time.monotonic() >= self._checkpoint_at))
             orders = dataclasses.replace(mine[0], stop=any(order.stop for order in mine))
             if orders.save:

@@ -34,7 +34,8 @@ class Orders:
 class Snapshot:
     """What a panel shows of a session at one moment."""
 
-    status: str                          # ready, preparing, training, paused, saving, finished, stopped, failed
+    status: str                          # ready, preparing, training, pausing, paused, saving, stopping, one of DONE
+    paused: bool                         # from pause() to resume(); the step under way at pause() still ends
     step: int
     total_steps: int
     epochs: float
@@ -49,6 +50,13 @@ class Snapshot:
     @property
     def done(self) -> bool:
         return self.status in DONE
+
+
+def shown(status: str, *, stop: bool, paused: bool) -> str:
+    """A session's status, or what it has been asked to become."""
+    if stop and status not in ("ready", *DONE):
+        return "stopping"
+    return "pausing" if paused and status == "training" else status
 
 
 class Waiting:

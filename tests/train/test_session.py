@@ -24,7 +24,7 @@ from rwkv_nb.train.loop import Trainer
 from rwkv_nb.train.schedule import learning_rate
 from rwkv_nb.train.session import TrainSession
 from rwkv_nb.train.shrink import Stopped
-from rwkv_nb.train.snapshot import Waiting
+from rwkv_nb.train.snapshot import Waiting, shown
 
 
 def test_a_run_leaves_logs_adapters_and_a_merged_model(tmp_path, settings, base):
@@ -245,6 +245,13 @@ def test_one_process_alone_cuts_the_logs(tmp_path, settings):
     Run(tmp_path).metrics_file.write_text("written by the first process meanwhile")
     Logs(Run(tmp_path), settings, write=False).cut({"metrics": 0, "train_log": 0})
     assert Run(tmp_path).metrics_file.stat().st_size > 0
+
+
+@pytest.mark.parametrize("status, stop, paused, told", [
+    ("training", False, True, "pausing"), ("paused", False, True, "paused"), ("saving", False, True, "saving"),
+    ("paused", True, False, "stopping"), ("stopped", True, True, "stopped"), ("ready", True, True, "ready")])
+def test_a_status_says_what_the_session_was_asked_to_become(status, stop, paused, told):
+    assert shown(status, stop=stop, paused=paused) == told
 
 
 def test_wait_leaves_the_event_loop_free(tmp_path, settings):
