@@ -14,7 +14,7 @@ import time
 from . import __version__, compat, config
 from .config import DataSettings, LoraSettings, Settings
 from .errors import RwkvNbError, SettingsError, did_you_mean
-from .runs import Run, absolute
+from .runs import Run
 from .words import duration_text
 
 
@@ -161,7 +161,7 @@ def settings_from(arguments: argparse.Namespace) -> tuple[Run, Settings]:
         raise SettingsError("proj_dir is not given", where="--proj_dir", fix="name a folder for the run's files")
     run = Run(flags["proj_dir"])
     start = Settings() if {"load_model", "data_file"} <= set(flags) else run.settings()
-    return run, absolute(config.replace(start, **config.PRESETS.get(arguments.preset, {}) | flags | lora))
+    return run, config.replace(start, **config.PRESETS.get(arguments.preset, {}) | flags | lora)
 
 
 def _settings(arguments) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from rwkv_nb import runs
 from rwkv_nb.config import Settings, replace
-from rwkv_nb.errors import InUseError, RunError, SettingsError
+from rwkv_nb.errors import RunError, SettingsError
 from rwkv_nb.runs import Run
 
 FULL_DISK = """

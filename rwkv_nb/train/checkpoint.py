@@ -3,6 +3,7 @@
 Dropout needs no random state here: its masks follow from (seed, step, micro-batch, layer), see lora.layers.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -65,30 +66,33 @@ def load_checkpoint(run: Run) -> Checkpoint | None:
                        ) from error
 
 
-def differences(checkpoint: Checkpoint, settings: Settings) -> list[str]:
-    """Settings in which a checkpoint's run differs from what is asked for now, other than FREE ones, in words.
+def differences(checkpoint: Checkpoint, settings: Settings, same: Collection[str] = ()) -> list[str]:
+    """Settings in which a checkpoint's run differs from what is asked for now, in words, but for those that are FREE
+    or name the same by another path.
 
     A setting that the checkpoint's version did not have was at its default.
     """
     then, now = (config.values(each) for each in (config.from_dict(Settings, checkpoint.settings), settings))
     return [f"{name}: {then[name]!r} → {value!r}" for name, value in now.items()
-            if name not in FREE and then[name] != value]
+            if name not in FREE and name not in same and then[name] != value]
 
 
-def to_resume(run: Run, settings: Settings, start: str, base: str) -> tuple[Checkpoint | None, str]:
-    """The checkpoint that a run goes on from, or None and the reason. start: as of TrainSession;
-    base: its fingerprint.
+def to_resume(run: Run, settings: Settings, start: str, base: str, data: dict) -> tuple[Checkpoint | None, str]:
+    """The checkpoint that a run goes on from, or None and the reason. start: as of TrainSession; base: its fingerprint;
+    data: Batches.state() of a run that begins. Base and data are known by these, wherever their files lie now.
 
     Raises RunError where "resume" asks for what cannot be.
     """
     if start == "fresh":
         return None, "start='fresh'"
-    saved = load_checkpoint(run)
-    if saved and saved.base == base:  # wherever its file lies now
-        settings = config.replace(settings, load_model=saved.settings["train"]["load_model"])
+    saved, same = load_checkpoint(run), []
+    if saved and saved.base == base:
+        same += ["load_model"]
+    if saved and saved.data | {"position": 0} == data:
+        same += ["data_file", "mix_file"]
     if saved is None:
         reason = "it had no checkpoint"
-    elif changed := differences(saved, settings):
+    elif changed := differences(saved, settings, same):
         reason = f"settings changed: {'; '.join(changed)}"
     elif saved.finished:
         reason = "it was finished"

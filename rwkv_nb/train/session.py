@@ -103,19 +103,21 @@ class TrainSession(Controls):
         self._build()
         saved = self.ranks.tell(self._choose_start() if first else None)
         self._tell(*notices(self.trainer))
+        if first:
+            self.run.save_settings(self.settings)
         if saved:
             self._restore_live(saved)
             self.trainer.resume(saved)
             self._rows = self.ranks.tell(self.run.metrics() if first else [])
         elif first:
-            self.run.save_settings(self.settings)
             write_text(self.run.started_file, json.dumps(description(self.trainer), indent=2, ensure_ascii=False))
             self.trainer.logs.new_run()
         self._answer(base=True)
 
     def _choose_start(self) -> Checkpoint | None:
         """The checkpoint to go on from, or None for a new run, the earlier one's files moved aside."""
-        saved, reason = to_resume(self.run, self.settings, self._start_from, self.trainer.base)
+        saved, reason = to_resume(self.run, self.settings, self._start_from, self.trainer.base,
+                                  self.trainer.batches.state())
         if saved:
             self._tell(f"resumed after step {saved.step}")
         elif moved := self.run.set_aside():

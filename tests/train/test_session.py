@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -190,13 +191,28 @@ def test_a_run_that_began_with_relative_paths_is_found_again(tmp_path, settings,
     assert train(tmp_path / "run", None, start="resume").status == "finished"
 
 
-def test_a_base_that_was_moved_is_the_same_base(tmp_path, settings):
+@pytest.mark.parametrize("name", ["load_model", "data_file", "mix_file"])
+def test_a_file_that_was_moved_is_the_same_file(tmp_path, settings, name):
+    settings, run = replace(settings, mix_file=settings.data.data_file), Run(tmp_path / "run")
+    session = TrainSession(run, settings).start()
+    until(lambda: session.snapshot().step >= 2)
+    session.stop()
+    session.join()
+    path = path_settings(settings)[name]
+    moved = replace(settings, **{name: str(shutil.copy(path, tmp_path / f"moved{os.path.splitext(path)[1]}"))})
+    assert train(run, moved, start="resume").status == "finished"
+    assert run.settings() == moved         # whoever opens the run finds it too
+
+
+def test_other_data_is_another_run(tmp_path, settings):
     session = TrainSession(tmp_path / "run", settings).start()
     until(lambda: session.snapshot().step >= 2)
     session.stop()
     session.join()
-    moved = shutil.copy(settings.train.load_model, tmp_path / "moved.pth")
-    assert train(tmp_path / "run", replace(settings, load_model=str(moved)), start="resume").status == "finished"
+    other = tmp_path / "other.jsonl"
+    other.write_text(Path(settings.data.data_file).read_text().replace("red", "RED"))
+    with pytest.raises(RunError, match="data_file: .*other.jsonl"):
+        train(tmp_path / "run", replace(settings, data_file=str(other)), start="resume")
 
 
 def test_a_held_out_loss_that_begins_with_nan_still_finds_the_best_adapter(tmp_path, settings, monkeypatch):
