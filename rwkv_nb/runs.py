@@ -98,7 +98,8 @@ def path_settings(settings: config.Settings) -> dict[str, str]:
 def absolute(settings: config.Settings) -> config.Settings:
     """The same settings with absolute paths: any folder finds what they name. Raises SettingsError for bad values."""
     config.check(settings)
-    return config.replace(settings, **{name: os.path.abspath(path) for name, path in path_settings(settings).items()})
+    return config.replace(settings, **{name: os.path.abspath(os.path.expanduser(path))
+                                        for name, path in path_settings(settings).items()})
 
 
 @contextlib.contextmanager
@@ -182,7 +183,7 @@ class Run:
         if not self.settings_file.exists():
             return config.Settings()
         try:
-            settings = config.from_dict(config.Settings, json.loads(self.settings_file.read_text(encoding="utf-8")))
+            settings = config.from_dict(config.Settings, json.loads(self.settings_file.read_text(encoding="utf-8-sig")))
             config.check(settings)
             return settings
         except SettingsError as error:
@@ -206,7 +207,7 @@ class Run:
 
     def set_aside(self) -> Path | None:
         """Move what an earlier run left to previous-N/; settings.json stays. Returns that folder, or None."""
-        made = [self.started_file, self.metrics_file, self.log_file, self.checkpoint_file, *self.adapters(),
+        made = [self.checkpoint_file, self.started_file, self.metrics_file, self.log_file, *self.adapters(),
                 *self.folder.glob("rwkv-*.pth")]
         made += [self.folder / name for name in ("merged.pth", "score.json", "score.txt", "score.png", "loss.png")]
         products = [path for path in made if path.exists()]

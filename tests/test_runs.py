@@ -156,6 +156,7 @@ def test_settings_go_from_one_notebook_to_the_next(tmp_path, monkeypatch):
     run.update(data_file="data/a.jsonl", ctx_len=77)
     assert run.update(r=8, lora_alpha=16) == replace(Settings(), data_file=str(tmp_path / "data" / "a.jsonl"),
                                                      ctx_len=77, r=8, lora_alpha=16.0)
+    run.settings_file.write_text(run.settings_file.read_text(), encoding="utf-8-sig")     # as some editors save it
     monkeypatch.chdir("/")
     assert Run(tmp_path / "runs" / "first").settings().data.data_file == str(tmp_path / "data" / "a.jsonl")
 

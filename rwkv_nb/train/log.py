@@ -84,7 +84,7 @@ def as_it_was(run: Run) -> tuple[config.Settings, dict[int, dict]]:
     planned = {}
     try:
         began = json.loads(run.started_file.read_text(encoding="utf-8"))["settings"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"this run cannot be replayed ({error})", where=run.started_file,
                        fix="train it once; started.json is written then") from error
     for row in run.metrics():
