@@ -11,13 +11,16 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
-from typing import TextIO
 
 from . import config
 from .errors import InUseError, RunError, SettingsError
 from .words import bytes_text
 
+# What a run leaves: first what it goes on from, so that half a move leaves nothing to go on from without its logs.
+MADE = ("checkpoint.pt", "started.json", "metrics.jsonl", "train_log.txt", "adapter-*.safetensors", "rwkv-*.pth",
+        "merged.pth", "score.*", "loss.png")
 _FAILED_WRITES = ("inline_container", "PytorchStreamWriter", "I/O error")  # torch's and safetensors' own words
 
 
@@ -103,7 +106,7 @@ def absolute(settings: config.Settings) -> config.Settings:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[TextIO]:
+def locked(path: Path) -> Iterator[FileIO]:
     """A file, made anew but for a line that names this process, and held; the system frees it when this process is
     dead, and each that was given the open file.
 
@@ -112,14 +115,13 @@ def locked(path: Path) -> Iterator[TextIO]:
     with contextlib.ExitStack() as held:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            f = held.enter_context(open(path, "a+", encoding="utf-8"))
+            f = held.enter_context(open(path, "a+b", buffering=0))    # a buffer would fail once more as it is closed
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
             f.truncate(0)
-            f.write(f"process {os.getpid()}\n")
-            f.flush()
+            f.write(f"process {os.getpid()}\n".encode())
         except BlockingIOError as error:
             f.seek(0)
-            raise InUseError(f"another training run uses this folder ({f.readline().strip() or 'process ?'})",
+            raise InUseError(f"another training run uses this folder ({f.readline().decode().strip() or 'process ?'})",
                              where=path.parent, fix="stop that run, or give this one another name") from error
         except OSError as error:
             raise RunError(f"this folder cannot be written ({error.strerror})", where=path.parent,
@@ -207,10 +209,7 @@ class Run:
 
     def set_aside(self) -> Path | None:
         """Move what an earlier run left to previous-N/; settings.json stays. Returns that folder, or None."""
-        made = [self.checkpoint_file, self.started_file, self.metrics_file, self.log_file, *self.adapters(),
-                *self.folder.glob("rwkv-*.pth")]
-        made += [self.folder / name for name in ("merged.pth", "score.json", "score.txt", "score.png", "loss.png")]
-        products = [path for path in made if path.exists()]
+        products = [path for pattern in MADE for path in self.folder.glob(pattern)]
         if not products:
             return None
         aside = next(p for n in itertools.count(1) if not (p := self.folder / f"previous-{n}").exists())

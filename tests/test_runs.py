@@ -39,6 +39,17 @@ for name, write in {
     except RunError as error:
         print(name, "is intact" in str(error))
 """
+FULL_FROM_THE_START = """
+import resource, sys
+from rwkv_nb.errors import RunError
+from rwkv_nb.runs import Run
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+try:
+    with Run(sys.argv[1]).lock():
+        pass
+except RunError as error:
+    print(error)
+"""
 HOLD = """
 import sys
 from pathlib import Path
@@ -56,6 +67,11 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
     out = subprocess.run([sys.executable, "-c", FULL_DISK, tmp_path], capture_output=True, text=True, check=True).stdout
     assert out.splitlines() == [f"{name} True" for name in names]
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(names, "old")
+
+
+def test_a_run_on_a_full_disk_is_refused(tmp_path):
+    said = subprocess.run([sys.executable, "-c", FULL_FROM_THE_START, tmp_path], capture_output=True, text=True).stdout
+    assert "cannot be written" in said and "free some disk space" in said
 
 
 def test_an_error_of_the_writer_itself_passes_through(tmp_path):

@@ -13,7 +13,7 @@ from ..config import LiveSettings, Settings
 from ..errors import RunError
 from ..runs import Run
 from .loop import Trainer
-from .snapshot import DONE, Sample, Snapshot, Waiting, shown
+from .snapshot import DONE, Sample, Snapshot, Waiting
 
 
 class Controls(Waiting):
@@ -83,12 +83,12 @@ class Controls(Waiting):
 
     def snapshot(self) -> Snapshot:
         """The session as it is now."""
-        trainer, paused = self.trainer, not self._go.is_set()
+        trainer = self.trainer
         with self._lock:
             step, total = (trainer.step, trainer.total_steps) if trainer else (0, 0)
             pace = sum(self._seconds) / len(self._seconds) if self._seconds else None
             return Snapshot(
-                status=shown(self._status, stop=self._stop, paused=paused), paused=paused, step=step, total_steps=total,
+                status=self._status, paused=not self._go.is_set(), stopping=self._stop, step=step, total_steps=total,
                 epochs=trainer.epoch + trainer.part_of_epoch if trainer else 0.0, rows=tuple(self._rows),
                 samples=tuple(self._samples), notices=tuple(self._notices), files=tuple(self._files),
                 live=self._live, seconds_left=None if pace is None else pace * (total - step),

@@ -1,5 +1,6 @@
-"""Out of memory is a choice, not a crash: what is still left to try, and how all that was held is let go of."""
+"""Out of memory is a choice, not a crash: what is still left to try, and how what was held is let go of, or kept."""
 
+import ctypes
 import gc
 import traceback
 from collections.abc import Callable
@@ -63,3 +64,12 @@ def forget_frames(error: BaseException | None) -> None:
     while error:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what a CPU step frees for the next step, which needs the same again: pages given back to the
+    kernel are cleared and mapped anew each time, about a tenth of a step at the 0.1B shape. Elsewhere: nothing."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD (malloc.h), bytes
+            mallopt(parameter, 2**30)

@@ -13,7 +13,8 @@ import ipywidgets as widgets
 from ..config import LiveSettings, leaf_fields, values
 from ..errors import RwkvNbError
 from ..train.launch import LaunchedSession
-from ..train.session import DONE, Snapshot, TrainSession
+from ..train.session import TrainSession
+from ..train.snapshot import DONE, Snapshot
 from . import panel_html as html
 from .common import button
 from .panel_form import setting_input, shell_command
@@ -35,7 +36,7 @@ class TrainPanel(widgets.VBox):
 
     def __init__(self, session: TrainSession | LaunchedSession):
         self._session, self._live = session, session.snapshot().live
-        self._complaint = ""
+        self._held, self._complaint = False, ""     # held: the button says Resume
         self._wake, self._painted, self._figure_due = threading.Event(), 0, 0.0
         self._make_controls(self._live)
         self._make_displays()
@@ -57,7 +58,7 @@ class TrainPanel(widgets.VBox):
         session = self._session
         self.start = button("Start", lambda: self._ask(session.start), icon="play", style="success",
                             tooltip="begin to train")
-        self.pause = button("Pause", lambda: self._ask(session.resume if session.snapshot().paused else session.pause),
+        self.pause = button("Pause", lambda: self._ask(session.resume if self._held else session.pause),
                             icon="pause", tooltip="hold after the step that is under way; press again to go on")
         self.stop = button("Stop", lambda: self._ask(session.stop), icon="stop", style="danger",
                            tooltip="save an adapter and a checkpoint, then end; a later session goes on from there")
@@ -140,14 +141,14 @@ class TrainPanel(widgets.VBox):
             control.value = value
 
     def _paint_texts(self, now: Snapshot) -> None:
-        session, status = self._session, now.status
+        session, status = self._session, now.shown
         self.status.value = html.status_html(session.run.name, status)
         self.start.disabled = status != "ready"
         self.pause.disabled = self.stop.disabled = self.save.disabled = status in ("ready", "stopping", *DONE)
         for name in LIVE:
             getattr(self, name).disabled = now.done
-        held = now.paused and not now.done
-        self.pause.description, self.pause.icon = ("Resume", "play") if held else ("Pause", "pause")
+        self._held = now.paused and not now.done
+        self.pause.description, self.pause.icon = ("Resume", "play") if self._held else ("Pause", "pause")
         self.progress.max, self.progress.value = max(now.total_steps, 1), now.step
         self.progress.bar_style = BAR_STYLES.get(status, "info")
         self.figures.value = html.figures_html(now, session.settings.train.epoch_count)
