@@ -126,10 +126,9 @@ def _add_flag(parser, field) -> None:
     text, default = field.metadata, field.default
     unit = f" [{text['unit']}]" if text["unit"] else ""
     kind = {"nargs": "+"} if isinstance(default, tuple) else {"type": type(default)}
-    if field.name == "grad_cp":
-        kind["type"] = config.grad_cp_word
-    parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, choices=text["choices"] or None,
-                        metavar=None if text["choices"] else field.name.upper(),
+    choices = ",".join(map(str, text["choices"]))    # which are config's to check
+    parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS,
+                        metavar=f"{{{choices}}}" if choices else field.name.upper(),
                         help=f"{text['en']}{unit} (default: {default})".replace("%", "%%"), **kind)
 
 

@@ -202,12 +202,8 @@ class TrainSettings:
                                        "保存断点的间隔(秒)", unit="seconds", low=0)
 
     def __post_init__(self):
-        object.__setattr__(self, "grad_cp", grad_cp_word(self.grad_cp))
-
-
-def grad_cp_word(value):
-    """grad_cp in our words, where it is RWKV-PEFT's 0 or 1."""
-    return {"0": "none", "1": "block"}.get(str(value), value)
+        words = {"0": "none", "1": "block"}    # RWKV-PEFT's for grad_cp
+        object.__setattr__(self, "grad_cp", words.get(str(self.grad_cp), self.grad_cp))
 
 
 # What each preset sets; quant is chosen beside it. small: the least memory of a GPU, at the cost of speed.

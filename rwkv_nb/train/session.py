@@ -97,7 +97,7 @@ class TrainSession(Controls):
     def _prepare(self) -> None:
         first = not self.ranks.rank
         self._room = Room(self.settings, self.ranks.local)
-        self._tell(*filter(None, [self._room.warning(self.settings)]))
+        self._tell(*filter(None, [self._room.warning]))
         self._build()
         saved = self.ranks.tell(self._choose_start() if first else None)
         self._tell(*notices(self.trainer))

@@ -21,18 +21,16 @@ class Stopped(Exception):
 
 
 class Room:
-    """What a run's device has for it. number: the GPU's, of those of this machine."""
+    """What a run's device has for it. number: the GPU's, of those of this machine.
+
+    .warning is what to say, before anything is loaded, where a GPU's memory will not do; else "".
+    """
 
     def __init__(self, settings: Settings, number: int = 0):
         base = settings.train.load_model
         self._shape = read_shape(load_weights(base)) if base else None
-        self._name, self._limit, self._gpu = card(settings.train.accelerator, number)
-
-    def warning(self, settings: Settings) -> str:
-        """What to say, before anything is loaded, where a GPU's memory will not do; else ""."""
-        if not self._gpu or not self._shape:
-            return ""
-        return warning(self._shape, settings, self._name, self._limit, gpu=True)
+        name, limit, self._gpu = card(settings.train.accelerator, number)
+        self.warning = warning(self._shape, settings, name, limit, gpu=True) if self._gpu and self._shape else ""
 
     def smaller(self, settings: Settings, *, loading: bool = False, resumed: bool = True) -> dict | None:
         """The settings to go on with where memory ran out in a step, or over loading; as of fit.next_smaller."""

@@ -65,9 +65,9 @@ def test_the_table_of_settings_says_each_in_both_languages(capsys, language, fla
 @pytest.mark.parametrize("arguments, said", [
     (["train", "--micro_bz", "3"], "did you mean --micro_bsz"),
     (["train", "--r", "many"], "invalid int"),
-    (["train", "--precision", "fp8"], "fp32"),
-    (["train", "--peft", "disha"], "lora"),
-    (["train", "--lr_schedule", "cosine"], "cos_decay"),
+    (["train", "--proj_dir", "x", "--precision", "fp8"], "fp32"),
+    (["train", "--proj_dir", "x", "--peft", "disha"], "lora"),
+    (["train", "--proj_dir", "x", "--lr_schedule", "cosine"], "cos_decay"),
     (["train", "--proj_dir", "x", "--r", "0"], "at least 1"),
     (["train", "--peft_config", "{r:8}"], "not JSON"),
     (["train", "--load_model", "a.pth"], "proj_dir is not given"),
