@@ -10,19 +10,17 @@ import shlex
 import signal
 import sys
 import time
+from functools import partial
 
 from . import __version__, compat, config
 from .config import DataSettings, LoraSettings, Settings
 from .errors import RwkvNbError, SettingsError, did_you_mean
-from .runs import Run, absolute
+from .runs import Run
 from .words import duration_text
 
 
 class _Parser(argparse.ArgumentParser):
     """argparse that raises SettingsError, and answers a mistyped flag with the nearest one of its command."""
-
-    def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, **kwargs)
 
     def parse_known_args(self, *args, **kwargs):
         arguments, rest = super().parse_known_args(*args, **kwargs)
@@ -54,9 +52,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """Every command with its flags; parse_args raises SettingsError, with the nearest right name."""
-    parser = _Parser(prog="rwkv-nb", description="LoRA fine-tuning of RWKV.")
+    exact = partial(_Parser, allow_abbrev=False)
+    parser = exact(prog="rwkv-nb", description="LoRA fine-tuning of RWKV.")
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(required=True, metavar="command", parser_class=_Parser)
+    commands = parser.add_subparsers(required=True, metavar="command", parser_class=exact)
 
     def command(name: str, do, text: str) -> argparse.ArgumentParser:
         made = commands.add_parser(name, help=text, description=text)
@@ -126,12 +125,10 @@ def parser() -> argparse.ArgumentParser:
 def _add_flag(parser, field) -> None:
     text, default = field.metadata, field.default
     unit = f" [{text['unit']}]" if text["unit"] else ""
-    if isinstance(default, tuple):
-        kind = {"nargs": "+"}
-    else:
-        kind = {"type": config.grad_cp_word if field.name == "grad_cp" else type(default)}
-    parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, choices=text["choices"] or None,
-                        metavar=None if text["choices"] else field.name.upper(),
+    kind = {"nargs": "+"} if isinstance(default, tuple) else {"type": type(default)}
+    choices = ",".join(map(str, text["choices"]))    # which are config's to check
+    parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS,
+                        metavar=f"{{{choices}}}" if choices else field.name.upper(),
                         help=f"{text['en']}{unit} (default: {default})".replace("%", "%%"), **kind)
 
 
@@ -161,7 +158,7 @@ def settings_from(arguments: argparse.Namespace) -> tuple[Run, Settings]:
         raise SettingsError("proj_dir is not given", where="--proj_dir", fix="name a folder for the run's files")
     run = Run(flags["proj_dir"])
     start = Settings() if {"load_model", "data_file"} <= set(flags) else run.settings()
-    return run, absolute(config.replace(start, **config.PRESETS.get(arguments.preset, {}) | flags | lora))
+    return run, config.replace(start, **config.PRESETS.get(arguments.preset, {}) | flags | lora)
 
 
 def _settings(arguments) -> None:
@@ -214,11 +211,9 @@ def _convert(arguments) -> None:
     from .data.binidx import pair
     from .data.convert import jsonl_to_binidx
 
-    def show(now) -> None:
-        _line(str(now), last=now.done == now.total)
-
     data, tokenizer = _data(arguments)
-    count = jsonl_to_binidx(data.data_file, arguments.prefix, tokenizer, show, data=data)
+    count = jsonl_to_binidx(data.data_file, arguments.prefix, tokenizer,
+                            lambda now: _line(str(now), last=now.done == now.total), data=data)
     print(f"{pair(arguments.prefix)[0]} and .idx: {count:,} documents of {tokenizer.name} tokens")
 
 
@@ -228,39 +223,34 @@ def _train(arguments) -> None:
     run, settings = settings_from(arguments)
     session = session_for(run, settings, start=arguments.start, ask=False).start()
     before = signal.signal(signal.SIGTERM, lambda *_: session.stop())  # how a cluster says that time is up
-    shown, said = 0.0, 0
-    try:
-        while not (now := session.snapshot()).done:
-            said = _say(now, said)
-            if now.rows:
-                _line(_progress(now))
-                if not sys.stderr.isatty() and time.monotonic() - shown > 10:
-                    shown = time.monotonic()
-                    print(_progress(now), file=sys.stderr, flush=True)
-            time.sleep(0.2)
-    except KeyboardInterrupt:
-        print("\nstopping: saving what there is …", file=sys.stderr)
-        session.stop()
-    end = session.join()
+    end = session.join(_Told())
     signal.signal(signal.SIGTERM, before)
     _line("")
-    _say(end, said)
-    print(f"{_progress(end)}\n{end.status}; the run is in {run.folder}")
+    print(f"{_progress(end)}\nthe run is in {run.folder}")
 
 
-def _say(now, said: int) -> int:
-    for notice in now.notices[said:]:
-        print(notice, file=sys.stderr)
-    return len(now.notices)
+class _Told:
+    """Tells what a run has to say on stderr: each notice once, and where it stands; in a file that every 10 seconds."""
+
+    def __init__(self):
+        self._notices, self._at = 0, 0.0
+
+    def __call__(self, now) -> None:
+        for notice in now.notices[self._notices:]:
+            print(notice, file=sys.stderr)
+        self._notices = len(now.notices)
+        _line(_progress(now))
+        if now.rows and not sys.stderr.isatty() and time.monotonic() - self._at > 10:
+            self._at = time.monotonic()
+            print(_progress(now), file=sys.stderr, flush=True)
 
 
 def _progress(now) -> str:
-    steps = [row for row in now.rows if "loss" in row]
-    if not steps:
-        return now.status
-    left = "" if now.seconds_left is None else f" · {duration_text(now.seconds_left)} left"
-    last = steps[-1]
-    return (f"step {now.step}/{now.total_steps} · loss {last['loss']:.4f} · lr {last['lr']:.2e} · "
+    last = next((row for row in reversed(now.rows) if "loss" in row), None)
+    if not last:
+        return now.shown
+    left = "" if now.done or now.seconds_left is None else f" · {duration_text(now.seconds_left)} left"
+    return (f"{now.shown} · step {now.step}/{now.total_steps} · loss {last['loss']:.4f} · lr {last['lr']:.2e} · "
             f"{last['tokens_per_s']:.0f} tokens/s{left}")
 
 

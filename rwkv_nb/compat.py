@@ -43,14 +43,14 @@ def read_script(path: str | Path) -> list[str]:
         where = f"{path}:{number}"
         for command in _commands(text, where):
             words = [_fill(word, variables, where) for word in command if word != "export"]
-            assigned = [re.fullmatch(r"(\w+)=(.*)", word, re.DOTALL) for word in words]
-            script = next((i for i, word in enumerate(words) if word.endswith("train.py")), None)
-            if script is not None:
+            assigned = [re.fullmatch(r"(\w+)(\+?)=(.*)", word, re.DOTALL) for word in words]
+            script = next((i for i, word in enumerate(words) if Path(word).name == "train.py"), len(words))
+            if "".join(words[script + 1:]).startswith(("-", "$", "`")):   # others look whether it is there
                 if beyond := next((word for word in words if "$" in word or "`" in word), ""):
                     raise SettingsError(f"{beyond!r} would have to be run", where=where, fix="write its result there")
-                return words[script + 1:]
-            if all(assigned):
-                variables |= {match[1]: match[2] for match in assigned}
+                return [os.path.expanduser(word) for word in words[script + 1:]]
+            for name, more, value in map(re.Match.groups, assigned) if all(assigned) else ():
+                variables[name] = (variables.get(name, "") if more else "") + os.path.expanduser(value)
     raise SettingsError("this script does not start train.py", where=path, fix="give a run_lora.sh of RWKV-PEFT")
 
 

@@ -4,6 +4,7 @@ A field's text is written once, here, in English and Chinese; tooltips, `--help`
 documentation are made from it. Names are the tutorial's own (`--micro_bsz`, `--lr_init`, …).
 """
 
+import re
 from dataclasses import dataclass
 
 from .errors import SettingsError
@@ -201,12 +202,8 @@ class TrainSettings:
                                        "保存断点的间隔(秒)", unit="seconds", low=0)
 
     def __post_init__(self):
-        object.__setattr__(self, "grad_cp", grad_cp_word(self.grad_cp))
-
-
-def grad_cp_word(value):
-    """grad_cp in our words, where it is RWKV-PEFT's 0 or 1."""
-    return {"0": "none", "1": "block"}.get(str(value), value)
+        words = {"0": "none", "1": "block"}    # RWKV-PEFT's for grad_cp
+        object.__setattr__(self, "grad_cp", words.get(str(self.grad_cp), self.grad_cp))
 
 
 # What each preset sets; quant is chosen beside it. small: the least memory of a GPU, at the cost of speed.
@@ -247,7 +244,8 @@ def check_together(settings: Settings) -> None:
            "raise lr_end or lower warmup_steps")
     refuse(t.node_rank >= t.num_nodes, "node_rank", f"node_rank {t.node_rank} of {t.num_nodes} machines",
            "machines count from 0")
-    refuse(t.num_nodes > 1 and not t.master_addr, "master_addr", "several machines need an address to meet at",
+    refuse(t.num_nodes > 1 and not re.fullmatch(r".+:\d+", t.master_addr), "master_addr",
+           f"several machines need an address to meet at, which {t.master_addr!r} is not",
            "give machine 0's address and a free port, like 10.0.0.1:29500")
     refuse(zero and t.adam_state != "fp32", "adam_state",
            f"DeepSpeed keeps AdamW's averages in fp32, not {t.adam_state}",

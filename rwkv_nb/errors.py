@@ -54,6 +54,10 @@ class RunError(RwkvNbError):
     """A run's folder that is in use, incomplete or not writable."""
 
 
+class InUseError(RunError):
+    """A run's folder that another process is at work in."""
+
+
 class TrainingError(RwkvNbError):
     """Training that had to stop, such as a loss that is not a number."""
 

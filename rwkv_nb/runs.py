@@ -9,13 +9,18 @@ import itertools
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
 
 from . import config
-from .errors import RunError, SettingsError
+from .errors import InUseError, RunError, SettingsError
 from .words import bytes_text
 
+# What a run leaves: first what it goes on from, so that half a move leaves nothing to go on from without its logs.
+MADE = ("checkpoint.pt", "started.json", "metrics.jsonl", "train_log.txt", "adapter-*.safetensors", "rwkv-*.pth",
+        "merged.pth", "score.*", "loss.png")
 _FAILED_WRITES = ("inline_container", "PytorchStreamWriter", "I/O error")  # torch's and safetensors' own words
 
 
@@ -26,7 +31,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
     Raises RunError when the disk is full or the folder cannot be written; the old file is intact then.
     """
     target = Path(target)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = target.with_name(f".{target.name}.{threading.get_native_id()}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -76,6 +81,15 @@ def write_bytes(target: Path, data: bytes) -> None:
         path.write_bytes(data)
 
 
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a .jsonl, none where there is no file; what is half written is left out."""
+    rows = []
+    for line in path.read_bytes().split(b"\n") if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
+
 def path_settings(settings: config.Settings) -> dict[str, str]:
     """The settings that name a file which is given, by name; a data set by its name is none."""
     values, names = config.values(settings), ["load_model", "data_file", "mix_file", "eval_file"]
@@ -87,7 +101,42 @@ def path_settings(settings: config.Settings) -> dict[str, str]:
 def absolute(settings: config.Settings) -> config.Settings:
     """The same settings with absolute paths: any folder finds what they name. Raises SettingsError for bad values."""
     config.check(settings)
-    return config.replace(settings, **{name: os.path.abspath(path) for name, path in path_settings(settings).items()})
+    return config.replace(settings, **{name: os.path.abspath(os.path.expanduser(path))
+                                        for name, path in path_settings(settings).items()})
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[FileIO]:
+    """A file, made anew but for a line that names this process, and held; the system frees it when this process is
+    dead, and each that was given the open file.
+
+    Raises InUseError when another process holds it, and RunError where it cannot be written.
+    """
+    with contextlib.ExitStack() as held:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            f = held.enter_context(open(path, "a+b", buffering=0))    # a buffer would fail once more as it is closed
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            f.truncate(0)
+            f.write(f"process {os.getpid()}\n".encode())
+        except BlockingIOError as error:
+            f.seek(0)
+            raise InUseError(f"another training run uses this folder ({f.readline().decode().strip() or 'process ?'})",
+                             where=path.parent, fix="stop that run, or give this one another name") from error
+        except OSError as error:
+            raise RunError(f"this folder cannot be written ({error.strerror})", where=path.parent,
+                           fix="choose another folder, or free some disk space") from error
+        yield f
+
+
+def in_use(path: Path) -> bool:
+    """Whether a process holds a file by locked()."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return isinstance(error, BlockingIOError)
+    return False
 
 
 class Run:
@@ -136,7 +185,7 @@ class Run:
         if not self.settings_file.exists():
             return config.Settings()
         try:
-            settings = config.from_dict(config.Settings, json.loads(self.settings_file.read_text(encoding="utf-8")))
+            settings = config.from_dict(config.Settings, json.loads(self.settings_file.read_text(encoding="utf-8-sig")))
             config.check(settings)
             return settings
         except SettingsError as error:
@@ -155,21 +204,12 @@ class Run:
         return self.settings()
 
     def metrics(self) -> list[dict]:
-        """metrics.jsonl as a list of rows; a half-written last line is left out."""
-        if not self.metrics_file.exists():
-            return []
-        rows = []
-        for line in self.metrics_file.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError):
-                rows.append(json.loads(line))
-        return rows
+        """metrics.jsonl, as read_rows() reads it."""
+        return read_rows(self.metrics_file)
 
     def set_aside(self) -> Path | None:
         """Move what an earlier run left to previous-N/; settings.json stays. Returns that folder, or None."""
-        made = [self.started_file, self.metrics_file, self.log_file, self.checkpoint_file, *self.adapters(),
-                *self.folder.glob("rwkv-*.pth")]
-        made += [self.folder / name for name in ("merged.pth", "score.json", "score.txt", "score.png", "loss.png")]
-        products = [path for path in made if path.exists()]
+        products = [path for pattern in MADE for path in self.folder.glob(pattern)]
         if not products:
             return None
         aside = next(p for n in itertools.count(1) if not (p := self.folder / f"previous-{n}").exists())
@@ -180,39 +220,12 @@ class Run:
             shutil.copy2(self.settings_file, aside)
         return aside
 
-    def in_use(self) -> bool:
-        """Whether a training process holds the folder now."""
-        try:
-            with self.lock():
-                return False
-        except RunError as error:
-            if not isinstance(error.__cause__, BlockingIOError):
-                raise
-            return True
-
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the folder for one training process; the system frees it if that process dies.
-
-        Raises RunError when another one holds it, and where it cannot be written.
-        """
-        with contextlib.ExitStack() as held:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                f = held.enter_context(open(self.folder / ".lock", "a+"))
-                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                f.truncate(0)
-                f.write(str(os.getpid()))
-                f.flush()
-                for path in self.folder.glob(".*.tmp"):    # what processes that were killed had half written
-                    pid = path.name.split(".")[-2]
-                    if pid.isdigit() and not Path("/proc", pid).exists():
-                        path.unlink(missing_ok=True)
-            except BlockingIOError as error:
-                f.seek(0)
-                raise RunError(f"another training run uses this folder (process {f.read().strip() or '?'})",
-                               where=self.folder, fix="stop that run, or give this one another name") from error
-            except OSError as error:
-                raise RunError(f"this folder cannot be written ({error.strerror})", where=self.folder,
-                               fix="choose another folder, or free some disk space") from error
+        """Hold the folder for one training process. Raises as locked() does."""
+        with locked(self.folder / ".lock"):
+            for path in self.folder.glob(".*.tmp"):    # what threads of processes that were killed had half written
+                thread = path.name.split(".")[-2]
+                if thread.isdigit() and not Path("/proc", thread).exists():
+                    path.unlink(missing_ok=True)
             yield

@@ -68,6 +68,7 @@ def test_the_appendix_s_own_arguments_are_all_known(script):
     ("python train.py --r $r", "run_lora.sh:1: the variable r is not set"),
     ("a=1\npython train.py --x 'a", "run_lora.sh:2: this line cannot be read"),
     ("python train.py --r $1", "write its value there"),
+    ("a=(--r 8)\npython train.py ${a[@]}", "would have to be run"),
     ("echo hello", "does not start train.py"),
     ("python train.py --micro_bzs 2", "did you mean --micro_bsz"),
     ("python train.py --train_type infctx", "set --chunk_ctx"),
@@ -87,9 +88,12 @@ def test_what_cannot_be_read_is_answered_with_the_mend(tmp_path, capsys, text, s
     ("m='/我的 m/C#1.pth' # 'its\npython train.py --x $m --y a#b;# c", ["--x", "/我的 m/C#1.pth", "--y", "a#b"]),
     ("a=1\r\npython train.py --x $a \\\r\n --y '路 径'\r\n", ["--x", "1", "--y", "路 径"]),
     ("python train.py --x $FROM_OUTSIDE --y ${NOT_SET:-2}", ["--x", "outside", "--y", "2"]),
+    ("echo 'starts train.py'; if [ -f train.py ]; then\npython train.py --x 1\nfi", ["--x", "1"]),
+    ("m=~/m.pth\nm+=_\npython train.py --x $m --y ~/run", ["--x", "/home/me/m.pth_", "--y", "/home/me/run"]),
 ])
 def test_the_shell_s_ways_of_writing(tmp_path, monkeypatch, text, expected):
     monkeypatch.setenv("FROM_OUTSIDE", "outside")
+    monkeypatch.setenv("HOME", "/home/me")
     (tmp_path / "run_lora.sh").write_bytes(text.encode())
     assert read_script(tmp_path / "run_lora.sh") == expected
 

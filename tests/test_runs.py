@@ -4,6 +4,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ FULL_DISK = """
 import resource, sys
 import torch
 from safetensors.torch import save_file
-from rwkv_nb.errors import RunError
+from rwkv_nb.errors import InUseError, RunError
 from rwkv_nb.model import save_weights
 from rwkv_nb.runs import Run, atomic_path, write_text
 folder, weights = sys.argv[1], {"w": torch.randn(100_000)}
@@ -36,6 +38,17 @@ for name, write in {
         write(f"{folder}/{name}")
     except RunError as error:
         print(name, "is intact" in str(error))
+"""
+FULL_FROM_THE_START = """
+import resource, sys
+from rwkv_nb.errors import RunError
+from rwkv_nb.runs import Run
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+try:
+    with Run(sys.argv[1]).lock():
+        pass
+except RunError as error:
+    print(error)
 """
 HOLD = """
 import sys
@@ -56,12 +69,32 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(names, "old")
 
 
+def test_a_run_on_a_full_disk_is_refused(tmp_path):
+    said = subprocess.run([sys.executable, "-c", FULL_FROM_THE_START, tmp_path], capture_output=True, text=True).stdout
+    assert "cannot be written" in said and "free some disk space" in said
+
+
 def test_an_error_of_the_writer_itself_passes_through(tmp_path):
     target = tmp_path / "a.txt"
     runs.write_text(target, "old")
     with pytest.raises(ZeroDivisionError), runs.atomic_path(target) as path:
         path.write_text(str(1 / 0))
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"] and target.read_text() == "old"
+
+
+def test_threads_that_write_one_file_at_once_each_write_it_whole(tmp_path):
+    target, together = tmp_path / "a.txt", threading.Barrier(2, timeout=60)
+
+    def write(text):
+        with runs.atomic_path(target) as path:
+            together.wait()
+            path.write_text(text)
+            together.wait()
+
+    with ThreadPoolExecutor() as threads:
+        for writing in [threads.submit(write, text) for text in ("one", "two")]:
+            writing.result()
+    assert target.read_text() in ("one", "two") and len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_folder_that_cannot_be_made_is_said(tmp_path):
@@ -92,7 +125,7 @@ def test_one_run_at_a_time(tmp_path):
         holder.send_signal(signal.SIGKILL)
         holder.wait()
         with Run(tmp_path).lock():           # the system frees what a dead process held
-            assert (tmp_path / ".lock").read_text() == str(os.getpid())
+            assert (tmp_path / ".lock").read_text() == f"process {os.getpid()}\n"
             with pytest.raises(RunError), Run(tmp_path).lock():
                 pass
         with Run(tmp_path).lock():
@@ -102,13 +135,24 @@ def test_one_run_at_a_time(tmp_path):
         holder.communicate()
 
 
+def test_a_file_stays_held_by_those_it_was_given_to(tmp_path):
+    """As a log by the processes that write to it, where the one that started them is dead."""
+    held = tmp_path / "log"
+    assert not runs.in_use(held)
+    with runs.locked(held) as log:
+        reader = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=log)
+    assert runs.in_use(held)
+    with pytest.raises(match=f"process {os.getpid()}"), runs.locked(held):
+        pass
+    reader.communicate(b"said")
+    assert not runs.in_use(held) and held.read_text().endswith("said")
+
+
 def test_a_folder_that_cannot_be_written_is_said(tmp_path):
     (tmp_path / "a file").touch()
     run = Run(tmp_path / "a file" / "run")
     with pytest.raises(RunError, match="a file/run: this folder cannot be written"), run.lock():
         pass
-    with pytest.raises(RunError, match="cannot be written"):   # and nobody uses it
-        run.in_use()
 
 
 def test_what_a_killed_process_had_half_written_goes_with_the_next_run(tmp_path):
@@ -128,6 +172,7 @@ def test_settings_go_from_one_notebook_to_the_next(tmp_path, monkeypatch):
     run.update(data_file="data/a.jsonl", ctx_len=77)
     assert run.update(r=8, lora_alpha=16) == replace(Settings(), data_file=str(tmp_path / "data" / "a.jsonl"),
                                                      ctx_len=77, r=8, lora_alpha=16.0)
+    run.settings_file.write_text(run.settings_file.read_text(), encoding="utf-8-sig")     # as some editors save it
     monkeypatch.chdir("/")
     assert Run(tmp_path / "runs" / "first").settings().data.data_file == str(tmp_path / "data" / "a.jsonl")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.metadata
 import platform
@@ -21,6 +20,18 @@ from ..words import bytes_text
 
 if TYPE_CHECKING:
     from .loop import Trainer
+
+
+def pick_device(accelerator: str, number: int = 0) -> torch.device:
+    """auto takes the GPU of that number where there is one. Raises SettingsError for a gpu that is not there."""
+    if accelerator == "gpu" and not torch.cuda.is_available():
+        raise SettingsError("there is no GPU that torch can use", where="accelerator",
+                            fix="set accelerator to cpu or auto; 00_check says what is missing")
+    if accelerator != "cpu" and number >= torch.cuda.device_count() > 0:
+        raise SettingsError(f"there are {torch.cuda.device_count()} GPUs, and {number + 1} are asked for",
+                            where="devices", fix="set devices to as many as there are, or accelerator to cpu")
+    gpu = accelerator != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda", number) if gpu else torch.device("cpu")
 
 
 def check_shape(t: TrainSettings, shape: Shape) -> None:
@@ -71,10 +82,7 @@ def _disk_notice(trainer: Trainer) -> str:
 
 def description(trainer: Trainer) -> dict:
     """What this run is made of, for started.json: settings, data, base, versions."""
-    versions = {}
-    for name in ("torch", "numpy", "pyrwkv-tokenizer"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "pyrwkv-tokenizer")}
     return {"settings": dataclasses.asdict(trainer.settings), "base": trainer.base, "data": trainer.batches.state(),
             "op": trainer.op, "device": str(trainer.device), "processes": trainer.ranks.size,
             "threads": torch.get_num_threads(),

@@ -53,11 +53,6 @@ class Controls(Waiting):
             self._go.clear()
             self._event({"event": "pause"})
 
-    @property
-    def paused(self) -> bool:
-        """From pause() to resume(); the step under way at pause() still ends."""
-        return not self._go.is_set()
-
     def resume(self) -> None:
         """Go on after pause()."""
         if not self._go.is_set():
@@ -93,7 +88,7 @@ class Controls(Waiting):
             step, total = (trainer.step, trainer.total_steps) if trainer else (0, 0)
             pace = sum(self._seconds) / len(self._seconds) if self._seconds else None
             return Snapshot(
-                status=self._status, step=step, total_steps=total,
+                status=self._status, paused=not self._go.is_set(), stopping=self._stop, step=step, total_steps=total,
                 epochs=trainer.epoch + trainer.part_of_epoch if trainer else 0.0, rows=tuple(self._rows),
                 samples=tuple(self._samples), notices=tuple(self._notices), files=tuple(self._files),
                 live=self._live, seconds_left=None if pace is None else pace * (total - step),

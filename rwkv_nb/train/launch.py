@@ -18,22 +18,25 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Sequence
+from functools import partialmethod
+from io import FileIO
 from pathlib import Path
 
 import torch.distributed as dist
 
 from .. import config
 from ..config import LiveSettings, Settings
-from ..errors import RunError, RwkvNbError, SettingsError, TrainingError
-from ..runs import Run, free_bytes, write_text
-from .loop import pick_device
+from ..errors import InUseError, RunError, RwkvNbError, TrainingError
+from ..runs import Run, free_bytes, in_use, locked, read_rows, write_text
+from .before import pick_device
 from .ranks import JoinedRanks
 from .session import TrainSession
 from .snapshot import DONE, Sample, Snapshot, Waiting
 
 SECONDS = 0.2   # between two looks at control.jsonl, and at least between two writings of status.json
+LOOKS = 150     # so long until the processes of an ended run must be gone
+FOLLOWED = "a run was at work here already: this is that run, under the settings that it began with"
 
 
 def session_for(run: Run | str, settings: Settings | None = None, **options) -> TrainSession | LaunchedSession:
@@ -65,10 +68,9 @@ class LaunchedSession(Waiting):
         self.settings = settings or self.run.settings()
         config.check_together(self.settings)
         self._options = {"prompts": list(prompts), "start": start, "max_tokens": max_tokens}
-        self._live, self._process, self._started = self.settings.train.live, None, False
-        self.paused = False                # from pause() to resume()
+        self._process, self._started = None, False
         self._rows, self._read, self._reading = [], 0, threading.Lock()  # a cell and a panel read at once
-        self._file = {name: self.run.folder / name for name in ("control.jsonl", "status.json")}
+        self._control, self._status = self.run.folder / "control.jsonl", self.run.folder / "status.json"
         node = self.settings.train.node_rank
         self._plan, self._log = (self.run.folder / f"launch-{node}.{kind}" for kind in ("json", "log"))
 
@@ -76,74 +78,74 @@ class LaunchedSession(Waiting):
         """Start the processes and return at once; where they are at work on this folder already, follow them."""
         if self._started:
             raise RunError("this session has been started already", where=self.run.folder, fix="make a new one")
-        if self.run.in_use():
-            self._started = True
-            self.paused = self.snapshot().status == "paused"
+        for _ in range(LOOKS):        # the processes of a run that has ended take a moment to be gone
+            with contextlib.suppress(InUseError), locked(self._log) as log:
+                self._launch(self.settings.train, log)
+            if self._process or self._told().get("status") not in DONE:
+                break
+            time.sleep(SECONDS)
         else:
-            self._launch(self.settings.train)
-            self._started = True      # only now: what kept it from starting can be mended, and start() called again
+            raise RunError("processes of the run that has ended here are still there", where=self.run.folder,
+                           fix="end them, or give this run another folder")
+        self._started = True          # only now: what kept it from starting can be mended, and start() called again
         return self
 
-    def _launch(self, t: config.TrainSettings) -> None:
+    def _told(self) -> dict:
+        """What the first process last said; nothing before it has."""
+        with contextlib.suppress(OSError, ValueError):
+            return json.loads(self._status.read_text(encoding="utf-8"))
+        return {}
+
+    def _launch(self, t: config.TrainSettings, log: FileIO) -> None:
+        """Start the processes. The log is what they write to, so each holds it as long as it lives, whoever dies."""
         pick_device(t.accelerator, t.devices - 1)     # what is not there is said now
         command = [*torchrun(t), "-m", "rwkv_nb.train.launch", str(self._plan)]
         if not t.node_rank:
-            for path in self._file.values():
-                path.unlink(missing_ok=True)
+            self._control.unlink(missing_ok=True)
+            self._status.unlink(missing_ok=True)
         write_text(self._plan, json.dumps({"settings": dataclasses.asdict(self.settings), **self._options}))
         threads = str(max(1, len(os.sched_getaffinity(0)) // t.devices))  # torchrun would give each process one
-        with open(self._log, "w", encoding="utf-8") as log:
-            self._process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
-                                             start_new_session=True, env={"OMP_NUM_THREADS": threads, **os.environ})
+        self._process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+                                         start_new_session=True, env={"OMP_NUM_THREADS": threads, **os.environ})
 
     def _send(self, what: str, **values) -> None:
-        with open(self._file["control.jsonl"], "a", encoding="utf-8") as f:
+        with open(self._control, "a", encoding="utf-8") as f:
             f.write(json.dumps({"do": what, "values": values}) + "\n")
 
-    def pause(self) -> None:
-        """Hold every process after the optimizer step that is under way."""
-        self.paused = True
-        self._send("pause")
-
-    def resume(self) -> None:
-        """Go on after pause()."""
-        self.paused = False
-        self._send("resume")
-
-    def stop(self) -> None:
-        """Save a checkpoint and an adapter after the step under way, then end all processes."""
-        self._send("stop")
-
-    def save_now(self) -> None:
-        """Save an adapter and a checkpoint after the step under way; also while paused."""
-        self._send("save_now")
+    # As of TrainSession, in every process, once the step under way is done; work() calls them there.
+    pause = partialmethod(_send, "pause")
+    resume = partialmethod(_send, "resume")
+    stop = partialmethod(_send, "stop")              # after a checkpoint and an adapter
+    save_now = partialmethod(_send, "save_now")      # an adapter and a checkpoint; also while paused
 
     def change(self, **changes) -> LiveSettings:
         """Change LiveSettings by name in every process, from the next optimizer step on."""
-        self._live = config.replace(self._live, **changes)
+        live = config.replace(self.snapshot().live, **changes)
         if self._started:
             self._send("change", **changes)
         else:
             self.settings = config.replace(self.settings, **changes)
-        return self._live
+        return live
 
     def snapshot(self) -> Snapshot:
         """The run as its first process last wrote it down."""
-        told = {"status": "ready"}
+        told, asked = {"status": "ready"}, []
         if self._started:
-            told, alive = {"status": "preparing"}, self._process.poll() is None if self._process else self.run.in_use()
-            with contextlib.suppress(OSError, ValueError):
-                told = json.loads(self._file["status.json"].read_text(encoding="utf-8"))
+            alive = self._process.poll() is None if self._process else in_use(self._log)
+            told, asked = {"status": "preparing"} | self._told(), [order["do"] for order in read_rows(self._control)]
             if not alive and told["status"] not in DONE:
                 well = self._process and self._process.returncode == 0      # a machine that has not the first process
                 told["status"] = "finished" if well else "failed"
+        paused = [what for what in asked if what in ("pause", "resume")][-1:] == ["pause"]
+        told |= {"paused": paused, "stopping": told.get("stopping") or "stop" in asked}
         if told["status"] == "failed":
             told["error"] = self._last_words()
+        if self._started and not self._process:
+            told["notices"] = [FOLLOWED, *told.get("notices", ())]
         live, early = told.pop("live", None), told["status"] in ("ready", "preparing")
-        return Snapshot(**{
-            "step": 0, "total_steps": 0, "epochs": 0.0, "notices": (), "files": (), "seconds_left": None, "error": "",
-            **told, "rows": () if early else self._new_rows(), "live": config.from_dict(LiveSettings, live) if live
-            else self._live, "samples": tuple(Sample(**s) for s in told.get("samples", ()))})
+        return Snapshot(**told | {
+            "rows": () if early else self._new_rows(), "samples": tuple(Sample(**s) for s in told.get("samples", ())),
+            "live": config.from_dict(LiveSettings, live) if live else self.settings.train.live})
 
     def _new_rows(self) -> tuple[dict, ...]:
         """metrics.jsonl, of which only what is new is read; while a run prepares it may still be cut or set aside."""
@@ -174,10 +176,7 @@ def torchrun(t: config.TrainSettings) -> list[str]:
     """The command that starts this machine's processes; what they run is to follow."""
     where = ["--standalone"]
     if t.num_nodes > 1:
-        host, _, port = t.master_addr.partition(":")
-        if not (host and port.isdigit()):
-            raise SettingsError(f"master_addr is {t.master_addr!r}", where="master_addr",
-                                fix="give the first machine's address and a free port, like 10.0.0.1:29500")
+        host, _, port = t.master_addr.rpartition(":")
         where = ["--nnodes", str(t.num_nodes), "--node_rank", str(t.node_rank), "--master_addr", host,
                  "--master_port", port]
     return [sys.executable, "-m", "torch.distributed.run", *where, "--nproc_per_node", str(t.devices)]
@@ -197,11 +196,9 @@ def work(plan: Path) -> int:
     while True:
         now = session.snapshot()
         if ranks.rank == 0:
-            lines = control.read_bytes().split(b"\n")[:-1] if control.exists() else []
-            for line in lines[obeyed:]:
-                order = json.loads(line)
+            for order in read_rows(control)[obeyed:]:
                 getattr(session, order["do"])(**order["values"])
-            obeyed = len(lines)
+                obeyed += 1
             told = dataclasses.replace(now, rows=())    # those are in metrics.jsonl
             write_text(folder / "status.json", json.dumps(dataclasses.asdict(told)))
         if now.done:
@@ -211,9 +208,6 @@ def work(plan: Path) -> int:
         session.result()
     except RwkvNbError as error:
         print(f"error in process {ranks.rank}: {error}", file=sys.stderr)
-        return 1
-    except BaseException:
-        traceback.print_exc()
         return 1
     dist.destroy_process_group()
     return 0

@@ -20,8 +20,8 @@ class Logs:
 
     def __init__(self, run: Run, settings: config.Settings, *, write: bool = True):
         self._settings = settings
-        self._files = {"metrics": run.metrics_file, "train_log": run.log_file}
-        self._write, self._wandb = write, _open_wandb(run, settings) if write and settings.train.wandb else None
+        self._files = {"metrics": run.metrics_file, "train_log": run.log_file} if write else {}
+        self._wandb = _open_wandb(run, settings) if write and settings.train.wandb else None
 
     def new_run(self) -> None:
         """Head of a new run in train_log.txt."""
@@ -44,10 +44,9 @@ class Logs:
 
     def cut(self, sizes: dict[str, int]) -> None:
         """Drop everything behind the given sizes; in one process alone, others may have written meanwhile."""
-        for name, size in sizes.items() if self._write else ():
-            path = self._files[name]
-            if path.exists() and path.stat().st_size > size:
-                os.truncate(path, size)
+        for name, path in self._files.items():
+            if path.exists() and path.stat().st_size > sizes[name]:
+                os.truncate(path, sizes[name])
 
     def close(self) -> None:
         """Let wandb write what it still holds."""
@@ -55,9 +54,9 @@ class Logs:
             self._wandb.finish()
 
     def _append(self, name: str, text: str) -> None:
-        if not self._write:
+        path = self._files.get(name)
+        if not path:
             return
-        path = self._files[name]
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "a", encoding="utf-8") as f:
@@ -84,7 +83,7 @@ def as_it_was(run: Run) -> tuple[config.Settings, dict[int, dict]]:
     planned = {}
     try:
         began = json.loads(run.started_file.read_text(encoding="utf-8"))["settings"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"this run cannot be replayed ({error})", where=run.started_file,
                        fix="train it once; started.json is written then") from error
     for row in run.metrics():

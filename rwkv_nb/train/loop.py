@@ -4,7 +4,6 @@ It knows no thread and no widget; train.session drives it.
 """
 
 import contextlib
-import ctypes
 import dataclasses
 import math
 import resource
@@ -36,12 +35,13 @@ from ..model import DTYPES, RWKV, fingerprint, load_model
 from ..runs import Run
 from ..tokenizer import get_tokenizer
 from ..wkv import pick_op
-from .before import check_shape
+from .before import check_shape, pick_device
 from .checkpoint import Checkpoint
 from .infctx import backward_by_chunks
 from .log import Logs
 from .ranks import Ranks
 from .schedule import learning_rate
+from .shrink import keep_freed_memory
 from .update import Update
 from .zero import DeepSpeedUpdate
 
@@ -50,32 +50,11 @@ _NOT_A_NUMBER = ("the last checkpoint is good: resume with a lower lr_init or a 
                  "with precision bf16 or fp16, try fp32; on_spike=skip leaves such steps out")
 
 
-def pick_device(accelerator: str, number: int = 0) -> torch.device:
-    """auto takes the GPU of that number where there is one. Raises SettingsError for a gpu that is not there."""
-    if accelerator == "gpu" and not torch.cuda.is_available():
-        raise SettingsError("there is no GPU that torch can use", where="accelerator",
-                            fix="set accelerator to cpu or auto; 00_check says what is missing")
-    if accelerator != "cpu" and number >= torch.cuda.device_count() > 0:
-        raise SettingsError(f"there are {torch.cuda.device_count()} GPUs, and {number + 1} are asked for",
-                            where="devices", fix="set devices to as many as there are, or accelerator to cpu")
-    gpu = accelerator != "cpu" and torch.cuda.is_available()
-    return torch.device("cuda", number) if gpu else torch.device("cpu")
-
-
 def load_as_trained(t: TrainSettings, path: str | Path = "", device: torch.device | None = None) -> RWKV:
     """The base, or the model file at `path`, held as in a run under these settings: device, precision, quantisation."""
     return load_model(
         path or t.load_model, device=device or pick_device(t.accelerator), dtype=DTYPES[t.precision], quant=t.quant,
         quant_double=bool(t.quant_double), quant_head=bool(t.quant_head), emb_cpu=bool(t.emb_cpu))
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep what a CPU step frees for the next step, which needs the same again: pages given back to the
-    kernel are cleared and mapped anew each time, about a tenth of a step at the 0.1B shape. Elsewhere: nothing."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt:
-        for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD (malloc.h), bytes
-            mallopt(parameter, 2**30)
 
 
 @dataclass(frozen=True)
@@ -102,9 +81,9 @@ class Trainer:
     def __init__(self, run: Run, settings: Settings, ranks: Ranks | None = None):
         check_together(settings)
         t = settings.train
-        for name, value in (("load_model", t.load_model), ("data_file", settings.data.data_file or
-                                                           settings.data.data_type == "dummy")):
-            if not value:
+        data_file = settings.data.data_file or settings.data.data_type == "dummy"
+        for name, given in (("load_model", t.load_model), ("data_file", data_file)):
+            if not given:
                 raise SettingsError(f"{name} is not given", where=name, fix="set it, or run 01_prepare_data first; a "
                                     "model from scratch is made in Python, as in data_samples/make_base.py")
         self.run, self.settings, self.ranks = run, settings, ranks or Ranks()
@@ -205,7 +184,8 @@ class Trainer:
                          self._fault(loss), began)
 
     def update(self, gradients: Gradients) -> dict:
-        """The second half: the adapter changes. Returns the step's row of metrics.
+        """The second half: the adapter changes; an epoch's last step writes its line in train_log.txt. Returns the
+        step's row of metrics.
 
         A loss or gradient that is not a number, and a spike, leave the adapter as it is: TrainingError, or with
         on_spike=skip a row that is a "skip" event and has no loss. After any other error the adapter may be half
@@ -227,6 +207,9 @@ class Trainer:
             self.epoch_loss = [self.epoch_loss[0] + g.loss * g.n_trained, self.epoch_loss[1] + g.n_trained]
         self.step += 1
         self._stand()
+        if self.epoch_ended:
+            self.logs.epoch(self.epoch, self.epoch_loss[0] / max(self.epoch_loss[1], 1), g.lr)
+            self.epoch_loss = [0.0, 0]
         if fault:
             return {"step": self.step, "event": "skip", "why": fault, "lr": g.lr}
         return {"step": self.step, "epoch": round(self.epoch + self.part_of_epoch, 4), "loss": g.loss, "lr": g.lr,
@@ -291,11 +274,6 @@ class Trainer:
             return torch.cuda.max_memory_allocated(self.device)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-    def end_epoch(self, lr: float) -> None:
-        """Write the epoch's line in train_log.txt."""
-        self.logs.epoch(self.epoch, self.epoch_loss[0] / max(self.epoch_loss[1], 1), lr)
-        self.epoch_loss = [0.0, 0]
-
     def save(self, name: int | str) -> list[Path]:
         """Save adapter-{name}.safetensors and, at an epoch's end with merge=1, rwkv-{name}.pth. Returns the files.
 
@@ -323,8 +301,8 @@ class Trainer:
         with update.whole():
             saved = Checkpoint(
                 step=self.step, adapter=adapter_tensors(self.model), optimizer=optimizer, data=self._position,
-                epoch_loss=list(self.epoch_loss), losses=list(self._losses), live=dataclasses.asdict(live),
-                loss_scale=[update.scale, update.good_steps], settings=dataclasses.asdict(self.settings),
+                epoch_loss=list(self.epoch_loss), losses=list(self._losses), live=live,
+                loss_scale=[update.scale, update.good_steps], settings=self.settings,
                 base=self.base, log_sizes=self.logs.sizes(), finished=self.step >= self.total_steps)
             if not self.ranks.rank:
                 saved.save(self.run)
@@ -336,14 +314,11 @@ class Trainer:
             self.model = self.parameters = self._update = None
 
     def resume(self, saved: Checkpoint) -> None:
-        """Go on from a checkpoint: adapter, optimizer, data position; logs are cut back to its step."""
-        if saved.base != self.base:
-            raise SettingsError("the checkpoint was made on another base model", where=self.settings.train.load_model,
-                                fix="give the base it began with, or start='fresh'")
+        """Go on from a checkpoint of this base: adapter, optimizer, data position; logs are cut back to its step."""
         set_adapter_tensors(self.model, saved.adapter)
         self.optimizer.load_state_dict(saved.optimizer)
         self.batches.load(saved.data)
-        self.batches.accumulate(saved.live_settings().accumulate_grad_batches)
+        self.batches.accumulate(saved.live.accumulate_grad_batches)
         self.step, self.epoch_loss = saved.step, list(saved.epoch_loss)
         self._losses.extend(saved.losses)
         self.optimizer.scale, self.optimizer.good_steps = saved.loss_scale

@@ -27,9 +27,7 @@ from .log import as_it_was
 from .loop import Trainer
 from .ranks import Ranks
 from .shrink import Room, Stopped, forget_frames, free_memory, if_memory_lasts
-from .snapshot import DONE, Orders, Sample, Snapshot
-
-__all__ = ["DONE", "Sample", "Snapshot", "TrainSession"]
+from .snapshot import Orders, Sample
 
 T = TypeVar("T")
 
@@ -62,7 +60,7 @@ class TrainSession(Controls):
         self.prompts, self._start_from, self._max_tokens = tuple(prompts), start, max_tokens
         self._planned, self.ranks, self._ask = dict(planned or {}), ranks or Ranks(), ask
         self._base_answers: list[str] = []
-        self._checkpoint_at, self._checkpoint_due = 0.0, False   # the first step writes one
+        self._checkpoint_at = 0.0         # the first step writes one
 
     @classmethod
     def replay(cls, run: Run | str, into: Run | str | None = None, **options) -> TrainSession:
@@ -99,7 +97,7 @@ class TrainSession(Controls):
     def _prepare(self) -> None:
         first = not self.ranks.rank
         self._room = Room(self.settings, self.ranks.local)
-        self._tell(*filter(None, [self._room.warning(self.settings)]))
+        self._tell(*filter(None, [self._room.warning]))
         self._build()
         saved = self.ranks.tell(self._choose_start() if first else None)
         self._tell(*notices(self.trainer))
@@ -107,19 +105,20 @@ class TrainSession(Controls):
             self._restore_live(saved)
             self.trainer.resume(saved)
             self._rows = self.ranks.tell(self.run.metrics() if first else [])
-        elif first:
-            self.run.save_settings(self.settings)
-            write_text(self.run.started_file, json.dumps(description(self.trainer), indent=2, ensure_ascii=False))
-            self.trainer.logs.new_run()
         self._answer(base=True)
 
     def _choose_start(self) -> Checkpoint | None:
-        """The checkpoint to go on from, or None for a new run, the earlier one's files moved aside."""
-        saved, reason = to_resume(self.run, self.settings, self._start_from, self.trainer.base)
+        """The checkpoint to go on from, or None: a new run is begun, and the earlier one's files moved aside."""
+        saved, reason = to_resume(self.run, self.settings, self._start_from, self.trainer.base,
+                                  self.trainer.batches.state())
         if saved:
             self._tell(f"resumed after step {saved.step}")
-        elif moved := self.run.set_aside():
-            self._tell(f"the earlier run's files are in {moved.name}/ ({reason})")
+        else:
+            if moved := self.run.set_aside():
+                self._tell(f"the earlier run's files are in {moved.name}/ ({reason})")
+            write_text(self.run.started_file, json.dumps(description(self.trainer), indent=2, ensure_ascii=False))
+            self.trainer.logs.new_run()
+        self.run.save_settings(self.settings)
         return saved
 
     def _restore_live(self, saved: Checkpoint) -> None:
@@ -128,8 +127,8 @@ class TrainSession(Controls):
         Another micro_bsz, or number of devices, leaves each step as large as it was, unless accumulate_grad_batches was
         changed with it.
         """
-        then = config.from_dict(Settings, saved.settings)
-        began, live, name = config.values(then.train.live), saved.live_settings(), "accumulate_grad_batches"
+        then, live, name = saved.settings, saved.live, "accumulate_grad_batches"
+        began = config.values(then.train.live)
         asked = {key: value for key, value in config.values(self._live).items() if value != began[key]}
         if _at_once(then) != _at_once(self.settings) and name not in asked:
             live = self._as_large(live, then)
@@ -148,7 +147,7 @@ class TrainSession(Controls):
                 self._save_adapter(f"step-{self.trainer.step}")
                 self._checkpoint(live)
                 return "stopped"
-            row = self._step(live)
+            row = self._step(orders)
             if row is None:
                 continue                  # it is taken again, with smaller settings
             trainer = self.trainer
@@ -156,8 +155,6 @@ class TrainSession(Controls):
                 self._seconds.append(time.monotonic() - began)
             if "event" in row or _due(live.log_every, trainer.step) or trainer.step == trainer.total_steps:
                 self._row(row)
-            if trainer.epoch_ended:
-                trainer.end_epoch(row["lr"])
             if _due(live.eval_every, trainer.step) if live.eval_every else trainer.epoch_ended:
                 self._evaluate()
             if trainer.save_due:
@@ -169,14 +166,14 @@ class TrainSession(Controls):
         self._checkpoint(self._read_live())
         return "finished"
 
-    def _step(self, live: LiveSettings) -> dict | None:
+    def _step(self, orders: Orders) -> dict | None:
         """One optimizer step's row; None where memory ran out, and the trainer is another one now."""
-        gradients = self._attempt(partial(self.trainer.gradients, live))
+        gradients = self._attempt(partial(self.trainer.gradients, orders.live))
         if gradients is None:
-            self._checkpoint(live)        # nothing has changed since the last step
+            self._checkpoint(orders.live)     # nothing has changed since the last step
         else:
-            if self._checkpoint_due and not gradients.fault:
-                self._checkpoint(live)
+            if orders.checkpoint and not gradients.fault:
+                self._checkpoint(orders.live)
             if row := self._attempt(partial(self.trainer.update, gradients)):
                 return row
         self._go_on_smaller()
@@ -214,14 +211,13 @@ class TrainSession(Controls):
         free_memory()
         saved = load_checkpoint(self.run)  # on the CPU
         lost = before.step - saved.step
-        then = config.from_dict(Settings, saved.settings)
         change = self._take_less(f"in step {before.step + 1}", f"The run goes back {lost} steps, to its checkpoint"
                                  if lost else "Nothing is lost")
         self._build(saved)
         self._rows = self.run.metrics()
-        self._live_from(*(self._as_large(live, then) for live in (saved.live_settings(), self._live)))
+        self._live_from(*(self._as_large(live, saved.settings) for live in (saved.live, self._live)))
         self._row({"step": self.trainer.step, "event": "out of memory", "offer": change})
-        self._tell(*quant_notice(self.settings.train) if self.settings.train.quant != then.train.quant else ())
+        self._tell(*quant_notice(self.settings.train) if "quant" in change else ())
         self._checkpoint(self._live)      # what is on the disk has the new settings too
 
     def _take_less(self, where: str, outcome: str = "Nothing is lost", **how) -> dict:
@@ -234,7 +230,7 @@ class TrainSession(Controls):
                    + ("resume to go on with " if self._ask else "going on with ") + words(change))
         if self._ask and not self._stop:
             self._go.clear()
-        self._status = "paused" if self.paused else "preparing"
+        self._status = "preparing" if self._go.is_set() else "paused"
         while not self._stop and not self._go.wait(0.1):
             pass                          # stop() may have come a moment before the clear() above
         if self._stop:
@@ -255,7 +251,7 @@ class TrainSession(Controls):
     def _orders(self) -> Orders:
         """What every process does next; a pause lasts in here, so that all of them keep in touch."""
         while True:
-            mine = self.ranks.ask(Orders(self._read_live(), self._stop, self._save, self.paused,
+            mine = self.ranks.ask(Orders(self._read_live(), self._stop, self._save, not self._go.is_set(),
                                          time.monotonic() >= self._checkpoint_at))
             orders = dataclasses.replace(mine[0], stop=any(order.stop for order in mine))
             if orders.save:
@@ -263,7 +259,7 @@ class TrainSession(Controls):
                 if orders.hold:
                     self._checkpoint(orders.live)
             if orders.stop or not orders.hold:
-                self._status, self._checkpoint_due = "training", orders.checkpoint
+                self._status = "training"
                 return orders
             self._status = "paused"
             self._go.wait(0.1)
@@ -292,7 +288,7 @@ class TrainSession(Controls):
 
     def _checkpoint(self, live: LiveSettings) -> None:
         self.trainer.checkpoint(live)
-        self._checkpoint_at, self._checkpoint_due = time.monotonic() + self.settings.train.checkpoint_seconds, False
+        self._checkpoint_at = time.monotonic() + self.settings.train.checkpoint_seconds
 
     def _read_live(self) -> LiveSettings:
         """LiveSettings for the next step; events since the last one are written with the steps done so far."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..config import LiveSettings
@@ -30,25 +31,34 @@ class Orders:
     checkpoint: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Snapshot:
     """What a panel shows of a session at one moment."""
 
-    status: str                          # ready, preparing, training, paused, saving, finished, stopped, failed
-    step: int
-    total_steps: int
-    epochs: float
-    rows: tuple[dict, ...]               # metrics.jsonl: steps and events
-    samples: tuple[Sample, ...]
-    notices: tuple[str, ...]
-    files: tuple[str, ...]               # what was saved, by name
     live: LiveSettings
-    seconds_left: float | None
-    error: str
+    status: str                          # ready, preparing, training, paused, saving, finished, stopped, failed
+    paused: bool = False                 # from pause() to resume(); the step under way at pause() still ends
+    stopping: bool = False               # from stop() on
+    step: int = 0
+    total_steps: int = 0
+    epochs: float = 0.0
+    rows: tuple[dict, ...] = ()          # metrics.jsonl: steps and events
+    samples: tuple[Sample, ...] = ()
+    notices: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()          # what was saved, by name
+    seconds_left: float | None = None
+    error: str = ""
 
     @property
     def done(self) -> bool:
         return self.status in DONE
+
+    @property
+    def shown(self) -> str:
+        """The status, or what the session has been asked to become: pausing or stopping."""
+        if self.stopping and self.status not in ("ready", *DONE):
+            return "stopping"
+        return "pausing" if self.paused and self.status == "training" else self.status
 
 
 class Waiting:
@@ -60,11 +70,13 @@ class Waiting:
             await asyncio.sleep(0.2)
         return self.result()
 
-    def join(self) -> Snapshot:
-        """Wait for the end in a script; Ctrl-C stops the run with everything saved."""
+    def join(self, show: Callable[[Snapshot], None] = lambda now: None) -> Snapshot:
+        """Wait for the end in a script, and show where it stands; Ctrl-C stops the run with everything saved."""
         while True:
             try:
-                if self.snapshot().done:
+                now = self.snapshot()
+                show(now)
+                if now.done:
                     return self.result()
                 time.sleep(0.05)
             except KeyboardInterrupt:

@@ -13,7 +13,8 @@ import ipywidgets as widgets
 from ..config import LiveSettings, leaf_fields, values
 from ..errors import RwkvNbError
 from ..train.launch import LaunchedSession
-from ..train.session import DONE, Snapshot, TrainSession
+from ..train.session import TrainSession
+from ..train.snapshot import DONE, Snapshot
 from . import panel_html as html
 from .common import button
 from .panel_form import setting_input, shell_command
@@ -35,7 +36,7 @@ class TrainPanel(widgets.VBox):
 
     def __init__(self, session: TrainSession | LaunchedSession):
         self._session, self._live = session, session.snapshot().live
-        self._stopping, self._complaint = False, ""
+        self._held, self._complaint = False, ""     # held: the button says Resume
         self._wake, self._painted, self._figure_due = threading.Event(), 0, 0.0
         self._make_controls(self._live)
         self._make_displays()
@@ -57,9 +58,9 @@ class TrainPanel(widgets.VBox):
         session = self._session
         self.start = button("Start", lambda: self._ask(session.start), icon="play", style="success",
                             tooltip="begin to train")
-        self.pause = button("Pause", lambda: self._ask(session.resume if session.paused else session.pause),
+        self.pause = button("Pause", lambda: self._ask(session.resume if self._held else session.pause),
                             icon="pause", tooltip="hold after the step that is under way; press again to go on")
-        self.stop = button("Stop", lambda: self._ask(self._stop), icon="stop", style="danger",
+        self.stop = button("Stop", lambda: self._ask(session.stop), icon="stop", style="danger",
                            tooltip="save an adapter and a checkpoint, then end; a later session goes on from there")
         self.save = button("Save now", lambda: self._ask(session.save_now), icon="save",
                            tooltip="save an adapter after the step under way, and let it answer the prompts")
@@ -88,10 +89,6 @@ class TrainPanel(widgets.VBox):
         except (RwkvNbError, OSError) as error:
             self._complaint = html.error_html(error)
         self._wake.set()
-
-    def _stop(self) -> None:
-        self._stopping = True
-        self._session.stop()
 
     def _change(self, change) -> None:
         if threading.current_thread() is not self.painter:  # its values are the session's: what was asked since counts
@@ -144,14 +141,14 @@ class TrainPanel(widgets.VBox):
             control.value = value
 
     def _paint_texts(self, now: Snapshot) -> None:
-        session, status = self._session, self._status(now)
+        session, status = self._session, now.shown
         self.status.value = html.status_html(session.run.name, status)
         self.start.disabled = status != "ready"
         self.pause.disabled = self.stop.disabled = self.save.disabled = status in ("ready", "stopping", *DONE)
         for name in LIVE:
             getattr(self, name).disabled = now.done
-        paused = session.paused and not now.done
-        self.pause.description, self.pause.icon = ("Resume", "play") if paused else ("Pause", "pause")
+        self._held = now.paused and not now.done
+        self.pause.description, self.pause.icon = ("Resume", "play") if self._held else ("Pause", "pause")
         self.progress.max, self.progress.value = max(now.total_steps, 1), now.step
         self.progress.bar_style = BAR_STYLES.get(status, "info")
         self.figures.value = html.figures_html(now, session.settings.train.epoch_count)
@@ -159,12 +156,6 @@ class TrainPanel(widgets.VBox):
         self.samples.value = html.samples_html(now.samples)
         self.files.value = html.files_html(session.run.name, now.files)
         self.error.value = self._failure() if status == "failed" else self._complaint
-
-    def _status(self, now: Snapshot) -> str:
-        """The session's status, or what it has been asked to become."""
-        if not now.done and self._stopping:
-            return "stopping"
-        return "pausing" if now.status == "training" and self._session.paused else now.status
 
     def _failure(self) -> str:
         try:

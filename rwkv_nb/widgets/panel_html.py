@@ -9,7 +9,7 @@ from html import escape
 from itertools import repeat
 
 from ..errors import RwkvNbError
-from ..train.session import Sample, Snapshot
+from ..train.snapshot import Sample, Snapshot
 from ..words import bytes_text, duration_text
 
 LINE = "1px solid rgba(128,128,128,.35)"

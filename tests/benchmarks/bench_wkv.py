@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from machine import describe
 
-from rwkv_nb.train.loop import keep_freed_memory
+from rwkv_nb.train.shrink import keep_freed_memory
 from rwkv_nb.wkv import WKV, pick_op
 from rwkv_nb.wkv.selftest import outputs_and_grads, realistic_inputs, relative_error
 

@@ -1,9 +1,12 @@
 """Two processes on this machine: the same run as one, steered from outside, and nothing lost when one dies."""
 
+import contextlib
 import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -13,7 +16,8 @@ from training import steps, train, until
 from rwkv_nb.config import check_together, replace
 from rwkv_nb.errors import RunError, SettingsError, TrainingError
 from rwkv_nb.lora.adapter import load_adapter
-from rwkv_nb.runs import Run
+from rwkv_nb.runs import Run, in_use, locked
+from rwkv_nb.train import launch
 from rwkv_nb.train.launch import LaunchedSession, session_for, torchrun
 from rwkv_nb.train.session import TrainSession
 
@@ -30,17 +34,20 @@ def test_two_processes_equal_one_are_steered_and_go_on_as_one(tmp_path, two):
     assert isinstance(session, LaunchedSession) and session.snapshot().status == "ready"
     session.start()
     session.pause()
+    another = LaunchedSession(session.run).start()
+    now = another.snapshot()
+    assert now.paused and "at work here already" in now.notices[0]
     until(lambda: session.snapshot().status == "paused")
+    assert another.snapshot().status == "paused" and len(processes(session.run, "torch.distributed.run")) == 1
     held = session.snapshot().step
     session.change(lr_init=1e-3)
     session.save_now()
     until(lambda: session.snapshot().files)
-    another = LaunchedSession(session.run).start()
-    until(lambda: another.snapshot().status == "paused")     # it follows the run that is there
-    assert another.paused
     session.resume()
+    assert not another.snapshot().paused
     until(lambda: session.snapshot().step >= held + 5)
-    session.stop()
+    another.stop()
+    assert session.snapshot().shown == "stopping" or session.snapshot().done
     end = session.join()
     assert end.status == "stopped" and end.samples and any("2 processes" in notice for notice in end.notices)
     assert [row["event"] for row in end.rows if "event" in row][:4] == ["pause", "change", "save", "resume"]
@@ -74,15 +81,37 @@ def test_a_run_at_work_in_this_process_is_followed(tmp_path, settings):
     assert session_for(tmp_path, long) is not session
 
 
-def test_a_process_that_dies_ends_the_run_and_the_checkpoint_goes_on(tmp_path, two):
+LAUNCH = """
+import sys, time
+from rwkv_nb.train import launch
+from rwkv_nb.train.launch import session_for
+session_for(sys.argv[1]).start()
+print("started", flush=True)
+time.sleep(600)
+"""
+
+
+def test_it_outlives_its_launcher_and_ends_where_a_process_dies_and_the_checkpoint_goes_on(tmp_path, two, monkeypatch):
     long = replace(two, epoch_count=200, epoch_save=200, checkpoint_seconds=0)
-    session = session_for(tmp_path, long).start()
-    until(lambda: session.snapshot().step >= 3)
-    workers = [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and is_worker(pid, tmp_path)]
+    Run(tmp_path).save_settings(long)
+    launcher = subprocess.Popen([sys.executable, "-c", LAUNCH, tmp_path], stdout=subprocess.PIPE)
+    launcher.stdout.readline()
+    launcher.kill()
+    launcher.communicate()
+    session = session_for(tmp_path).start()
+    assert len(processes(tmp_path, "torch.distributed.run")) == 1
+    until(lambda: session.snapshot().step >= 3 or session.snapshot().done)
+    workers = processes(tmp_path)
     assert len(workers) == 2
     os.kill(max(workers), signal.SIGKILL)
     with pytest.raises(TrainingError):
         session.join()
+    until(lambda: not in_use(tmp_path / "launch-0.log"))
+    (tmp_path / "status.json").write_text('{"status": "finished"}')     # as of a run whose processes do not end
+    with locked(tmp_path / "launch-0.log"), monkeypatch.context() as patient:
+        patient.setattr(launch, "LOOKS", 2)
+        with pytest.raises(RunError, match="still there"):
+            session_for(tmp_path).start()
     saved = torch.load(Run(tmp_path).checkpoint_file, weights_only=True)
     assert saved["step"] >= 2
     resumed = TrainSession(Run(tmp_path), replace(long, devices=1), start="resume").start()
@@ -108,7 +137,7 @@ def test_two_machines_learn_as_one_and_end_together(tmp_path, two):
     held = first.snapshot().step
     until(lambda: any(row.get("event") == "change" for row in first.snapshot().rows) or first.snapshot().done)
     until(lambda: first.snapshot().step >= held + 3 or first.snapshot().done)
-    worker, = (int(pid) for pid in os.listdir("/proc") if pid.isdigit() and is_worker(pid, tmp_path / "1"))
+    worker, = processes(tmp_path / "1")
     os.kill(worker, signal.SIGKILL)
     for session in (first, second):
         with pytest.raises(TrainingError):
@@ -145,7 +174,7 @@ def test_a_cell_and_a_panel_read_each_row_once_and_none_of_an_earlier_run(tmp_pa
     run, rows = Run(tmp_path), [{"step": step, "loss": 1.0} for step in range(20_000)]
     run.metrics_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "status.json").write_text(json.dumps({"status": "preparing"}))
-    with run.lock():                       # as a run that is there to be followed
+    with locked(tmp_path / "launch-0.log"):   # as a run that is there to be followed
         session = session_for(run, two).start()
         assert session.snapshot().rows == ()
         (tmp_path / "status.json").write_text(json.dumps({"status": "training"}))
@@ -154,12 +183,20 @@ def test_a_cell_and_a_panel_read_each_row_once_and_none_of_an_earlier_run(tmp_pa
     assert all(list(each) == rows for each in seen)
 
 
-def is_worker(pid, folder):
-    try:
-        words = open(f"/proc/{pid}/cmdline").read().split("\0")
-    except OSError:
-        return False
-    return "rwkv_nb.train.launch" in words and str(folder) in words[-2] and "torch.distributed.run" not in words
+def test_a_run_of_one_process_is_no_run_to_follow(tmp_path, two):
+    with Run(tmp_path).lock(), pytest.raises(TrainingError, match=f"another training run .*process {os.getpid()}"):
+        session_for(tmp_path, two).start().join()
+
+
+def processes(folder, program="rwkv_nb.train.launch"):
+    """Numbers of the processes that run this module for a run."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError, ValueError):
+            words = open(f"/proc/{pid}/cmdline").read().split("\0")
+            if words[words.index("-m") + 1] == program and words[-2].startswith(os.path.join(folder, "launch-")):
+                found.append(int(pid))
+    return found
 
 
 def test_machines_meet_where_they_are_told(settings):
@@ -170,8 +207,6 @@ def test_machines_meet_where_they_are_told(settings):
     assert {name: pairs[f"--{name}"] for name in ("nnodes", "node_rank", "master_addr", "master_port",
                                                   "nproc_per_node")} == \
         {"nnodes": "2", "node_rank": "1", "master_addr": "10.0.0.1", "master_port": "29500", "nproc_per_node": "4"}
-    for wrong in ({"node_rank": 2}, {"master_addr": ""}):
+    for wrong in ({"node_rank": 2}, {"master_addr": ""}, {"master_addr": "10.0.0.1"}, {"master_addr": ":29500"}):
         with pytest.raises(SettingsError):
             check_together(replace(many, **wrong))
-    with pytest.raises(SettingsError, match="10.0.0.1:29500"):
-        torchrun(replace(many, master_addr="10.0.0.1").train)

@@ -68,6 +68,9 @@ def test_a_resumed_run_replays_too(tmp_path, settings):
 def test_nothing_to_replay_is_said(tmp_path):
     with pytest.raises(RunError, match="cannot be replayed"):
         TrainSession.replay(tmp_path)
+    Run(tmp_path).started_file.write_text("[]")
+    with pytest.raises(RunError, match="cannot be replayed"):
+        TrainSession.replay(tmp_path)
 
 
 def test_what_the_run_was_made_of_is_written_with_it(tmp_path, settings):

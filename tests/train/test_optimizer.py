@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from training import steps, train, until
+from training import steps, stopped, train
 
 from rwkv_nb.config import TrainSettings, replace
 from rwkv_nb.lora.adapter import load_adapter
 from rwkv_nb.runs import Run
 from rwkv_nb.train.optimizer import make_optimizer
-from rwkv_nb.train.session import TrainSession
 
 STATES = ("fp32", "bf16", "8bit")
 
@@ -83,10 +82,7 @@ def test_an_average_that_moves_less_than_bf16_resolves_still_arrives():
 def test_a_run_resumes_exactly(tmp_path, settings, state):
     asked = replace(settings, adam_state=state, r=64, grad_cp="block", quant="nf4", emb_cpu=1, quant_head=1)
     whole = train(tmp_path / "whole", asked)
-    session = TrainSession(Run(tmp_path / "cut"), asked).start()
-    until(lambda: session.snapshot().step >= 5)
-    session.stop()
-    session.join()
+    stopped(tmp_path / "cut", asked, after=5)
     assert steps(train(tmp_path / "cut", asked, start="resume").rows) == steps(whole.rows)
     a, b = (load_adapter(Run(tmp_path / name).last_adapter()).tensors for name in ("whole", "cut"))
     assert all(torch.equal(a[key], b[key]) for key in a)

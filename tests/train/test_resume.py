@@ -5,12 +5,13 @@ import dataclasses
 import pytest
 import torch
 
+from rwkv_nb.config import LiveSettings, Settings
 from rwkv_nb.errors import RunError
 from rwkv_nb.runs import Run
 from rwkv_nb.train.checkpoint import Checkpoint, load_checkpoint
 
-EMPTY = Checkpoint(step=3, adapter={}, optimizer={}, data={}, epoch_loss=[], losses=[], loss_scale=[], live={},
-                   settings={}, base="", log_sizes={}, finished=False)
+EMPTY = Checkpoint(step=3, adapter={}, optimizer={}, data={}, epoch_loss=[], losses=[], loss_scale=[],
+                   live=LiveSettings(), settings=Settings(), base="", log_sizes={}, finished=False)
 
 
 def test_saving_copies_no_tensor(tmp_path):

@@ -7,13 +7,14 @@ import math
 import os
 import shutil
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from training import TIMING, steps, train, until
+from training import TIMING, steps, stopped, train, until
 
-from rwkv_nb.config import replace
+from rwkv_nb.config import LiveSettings, replace
 from rwkv_nb.errors import RunError, SettingsError, TrainingError
 from rwkv_nb.lora.adapter import load_adapter
 from rwkv_nb.model import RWKV, Shape, init_weights, load_model, load_weights, save_weights
@@ -24,7 +25,7 @@ from rwkv_nb.train.loop import Trainer
 from rwkv_nb.train.schedule import learning_rate
 from rwkv_nb.train.session import TrainSession
 from rwkv_nb.train.shrink import Stopped
-from rwkv_nb.train.snapshot import Waiting
+from rwkv_nb.train.snapshot import Snapshot, Waiting
 
 
 def test_a_run_leaves_logs_adapters_and_a_merged_model(tmp_path, settings, base):
@@ -105,10 +106,7 @@ def test_changes_pause_and_save_are_recorded_with_their_step(tmp_path, settings)
 
 def test_a_stopped_run_resumes_to_the_same_end(tmp_path, settings):
     whole = train(tmp_path / "whole", settings)
-    session = TrainSession(Run(tmp_path / "cut"), settings).start()
-    until(lambda: session.snapshot().step >= 5)
-    session.stop()
-    session.join()
+    stopped(tmp_path / "cut", settings, after=5)
     resumed = train(tmp_path / "cut", settings, start="resume")
     assert resumed.status == "finished"
     assert steps(resumed.rows) == steps(whole.rows) == steps(Run(tmp_path / "cut").metrics())
@@ -126,20 +124,14 @@ def test_a_finished_run_is_moved_aside_not_overwritten(tmp_path, settings):
 
 
 def test_resume_refuses_other_settings_by_name(tmp_path, settings):
-    session = TrainSession(Run(tmp_path), settings).start()
-    until(lambda: session.snapshot().step >= 2)
-    session.stop()
-    session.join()
+    stopped(tmp_path, settings)
     with pytest.raises(RunError, match="r: 4 → 8"):
         train(tmp_path, replace(settings, r=8), start="resume")
 
 
 def test_a_run_of_an_older_version_goes_on(tmp_path, settings):
     """Settings that it did not have yet were at their defaults; one that differs from its default is a change."""
-    session = TrainSession(Run(tmp_path), settings).start()
-    until(lambda: session.snapshot().step >= 2)
-    session.stop()
-    session.join()
+    stopped(tmp_path, settings)
     older = torch.load(Run(tmp_path).checkpoint_file, weights_only=True)
     for name in ("spike_factor", "truncated_bptt"):
         del older["settings"]["train"][name]
@@ -183,20 +175,33 @@ def test_a_run_that_began_with_relative_paths_is_found_again(tmp_path, settings,
     """The shell's flags name files from the folder where they were typed; a notebook opens settings.json elsewhere."""
     monkeypatch.chdir(tmp_path)
     here = {name: os.path.relpath(value) for name, value in path_settings(settings).items()}
-    session = TrainSession("run", replace(settings, **here)).start()
-    until(lambda: session.snapshot().step >= 2)
-    session.stop()
-    session.join()
+    stopped("run", replace(settings, **here))
     assert train(tmp_path / "run", None, start="resume").status == "finished"
 
 
-def test_a_base_that_was_moved_is_the_same_base(tmp_path, settings):
-    session = TrainSession(tmp_path / "run", settings).start()
-    until(lambda: session.snapshot().step >= 2)
-    session.stop()
-    session.join()
-    moved = shutil.copy(settings.train.load_model, tmp_path / "moved.pth")
-    assert train(tmp_path / "run", replace(settings, load_model=str(moved)), start="resume").status == "finished"
+@pytest.mark.parametrize("name", ["load_model", "data_file", "mix_file"])
+def test_a_file_that_was_moved_is_the_same_file(tmp_path, settings, name):
+    settings, run = replace(settings, mix_file=settings.data.data_file), Run(tmp_path / "run")
+    stopped(run, settings)
+    path = path_settings(settings)[name]
+    moved = replace(settings, **{name: str(shutil.copy(path, tmp_path / f"moved{os.path.splitext(path)[1]}"))})
+    assert train(run, moved, start="resume").status == "finished"
+    assert run.settings() == moved         # whoever opens the run finds it too
+
+
+@pytest.mark.parametrize("name, said", [
+    ("load_model", "load_model: another base"), ("data_file", "data_file, mix_file: other documents")])
+def test_another_file_in_its_place_is_another_run(tmp_path, settings, name, said):
+    mine = shutil.copy(path_settings(settings)[name], tmp_path)
+    settings = replace(settings, **{name: mine})
+    stopped(tmp_path / "run", settings)
+    if name == "load_model":
+        save_weights(mine, init_weights(RWKV(Shape(2, 64, 257, 16, 16, 16, 16, 128)), seed=2).state_dict())
+    else:
+        Path(mine).write_text(Path(mine).read_text().replace("red", "RED"))
+    with pytest.raises(RunError, match=said):
+        train(tmp_path / "run", settings, start="resume")
+    assert any("previous-1" in notice and said in notice for notice in train(tmp_path / "run", settings).notices)
 
 
 def test_a_held_out_loss_that_begins_with_nan_still_finds_the_best_adapter(tmp_path, settings, monkeypatch):
@@ -245,6 +250,13 @@ def test_one_process_alone_cuts_the_logs(tmp_path, settings):
     Run(tmp_path).metrics_file.write_text("written by the first process meanwhile")
     Logs(Run(tmp_path), settings, write=False).cut({"metrics": 0, "train_log": 0})
     assert Run(tmp_path).metrics_file.stat().st_size > 0
+
+
+@pytest.mark.parametrize("status, stop, paused, told", [
+    ("training", False, True, "pausing"), ("paused", False, True, "paused"), ("saving", False, True, "saving"),
+    ("paused", True, False, "stopping"), ("stopped", True, True, "stopped"), ("ready", True, True, "ready")])
+def test_a_status_says_what_the_session_was_asked_to_become(status, stop, paused, told):
+    assert Snapshot(live=LiveSettings(), status=status, stopping=stop, paused=paused).shown == told
 
 
 def test_wait_leaves_the_event_loop_free(tmp_path, settings):

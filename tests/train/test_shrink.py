@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from training import steps, train, until
+from training import steps, stopped, train, until
 
 from rwkv_nb.config import replace, to_json
 from rwkv_nb.errors import SettingsError, TrainingError
@@ -35,7 +35,7 @@ need = estimate(shape, settings, gpu=False).allocated
 session = TrainSession(Run(sys.argv[1]), settings, ask=room > 0)
 train_step = session._step
 ballast = []
-def step(live):
+def step(orders):
     if session.trainer.step == 2 and room and not ballast:   # memory is filled but for a part of what a step needs
         size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (size + 2**26, -1))
@@ -44,13 +44,14 @@ def step(live):
                 ballast.append(torch.empty(2**20))
         except RuntimeError:
             del ballast[-int(room * need / 2**22):]
-    return train_step(live)
+    return train_step(orders)
 session._step = step
 session.start()
 resumed = 0
 while not session.snapshot().done:
     time.sleep(0.05)
-    if session.paused and session.snapshot().status == "paused" and resumed < 20:
+    now = session.snapshot()
+    if now.paused and now.status == "paused" and resumed < 20:
         resumed += 1
         limit = resource.getrlimit(resource.RLIMIT_AS)[0]
         resource.setrlimit(resource.RLIMIT_AS, (limit + 2**27, -1))   # what tensors leave is not free for a mapped file
@@ -111,7 +112,7 @@ def build():   # with room for the mapped file
     built()
 session._build = build
 session.start()
-while not session.paused and not session.snapshot().done:
+while not session.snapshot().paused and not session.snapshot().done:
     time.sleep(0.05)
 resource.setrlimit(resource.RLIMIT_AS, limits)
 told = session.snapshot().notices
@@ -163,7 +164,7 @@ def no_room_for(session, rows):
 def offered(session):
     """Wait until memory has run out; what is said then."""
     session.resume()
-    until(lambda: session.paused or session.snapshot().done)
+    until(lambda: session.snapshot().paused or session.snapshot().done)
     until(lambda: session.snapshot().status != "training")
     return session.snapshot().notices[-1]
 
@@ -287,10 +288,8 @@ def test_several_processes_are_told_what_to_change(tmp_path, settings):
 ])
 def test_a_stopped_run_goes_on_with_settings_that_need_less(tmp_path, settings, changes, accumulate, told):
     settings = replace(settings, lora_dropout=0.0)
-    whole, session = train(tmp_path / "whole", settings), TrainSession(Run(tmp_path / "cut"), settings).start()
-    until(lambda: session.snapshot().step >= 5)
-    session.stop()
-    session.join()
+    whole = train(tmp_path / "whole", settings)
+    stopped(tmp_path / "cut", settings, after=5)
     end = train(tmp_path / "cut", replace(settings, **changes))
     losses, expected = ([row["loss"] for row in steps(some.rows)] for some in (end, whole))
     assert losses == pytest.approx(expected, rel=1e-4)
@@ -299,10 +298,7 @@ def test_a_stopped_run_goes_on_with_settings_that_need_less(tmp_path, settings, 
 
 
 def test_a_run_of_two_devices_goes_on_with_one_in_steps_as_large(tmp_path, settings):
-    session = TrainSession(Run(tmp_path), settings).start()
-    until(lambda: session.snapshot().step >= 2)
-    session.stop()
-    session.join()
+    stopped(tmp_path, settings)
     saved = torch.load(Run(tmp_path).checkpoint_file, weights_only=True)
     saved["settings"]["train"] |= {"devices": 2, "micro_bsz": 2}
     torch.save(saved, Run(tmp_path).checkpoint_file)

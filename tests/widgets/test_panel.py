@@ -8,7 +8,8 @@ import pytest
 from rwkv_nb import config
 from rwkv_nb.config import replace
 from rwkv_nb.runs import Run
-from rwkv_nb.train.session import Sample, TrainSession
+from rwkv_nb.train.session import TrainSession
+from rwkv_nb.train.snapshot import Sample
 from rwkv_nb.widgets import panel_html
 from rwkv_nb.widgets.panel import TrainPanel
 
