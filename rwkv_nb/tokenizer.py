@@ -14,6 +14,7 @@ import numpy as np
 from .errors import SettingsError
 
 WORLD_IDS = 65530   # 0..65529; models round it up to 65536 rows
+PIECE = 1 << 20     # characters, or ids, worked on at once: as Python's own numbers, ids take 40 bytes each
 
 
 class _Tokenizer:
@@ -30,7 +31,34 @@ class _Tokenizer:
 
     def decode(self, tokens: Iterable[int]) -> str:
         """Text of ids; bytes that are not UTF-8 become U+FFFD. Never raises for ids below vocab_size."""
-        return b"".join([self.table[t] for t in tokens]).decode("utf-8", errors="replace")
+        return self.bytes(np.asarray(tokens, dtype=np.int64)).decode("utf-8", errors="replace")
+
+    def bytes(self, tokens: np.ndarray) -> bytes:
+        """The bytes of ids, int [T]; memory stays near theirs, however many there are."""
+        return b"".join([b"".join([self.table[t] for t in tokens[i:i + PIECE].tolist()])
+                         for i in range(0, len(tokens), PIECE)])
+
+    def documents(self, texts: list[str]) -> list[np.ndarray]:
+        """Ids of many texts, uint16 [T] each, with the closing 0; a text of any length in little memory."""
+        short = iter(self.encode_batch([text for text in texts if len(text) <= PIECE]))
+        return [np.array([*next(short), 0], np.uint16) if len(text) <= PIECE else self._long(text) for text in texts]
+
+    def _long(self, text: str) -> np.ndarray:
+        """The same for one long text, piece by piece. Which token comes next depends on as many bytes as the longest
+        token has: the last ones of a piece are left to the next, which begins between two characters."""
+        parts, at, longest = [], 0, int(self.lengths.max())
+        while at < len(text):
+            piece = text[at:at + PIECE]
+            ids = np.array(self.encode(piece), np.uint16)
+            if at + PIECE < len(text):
+                data, ends = piece.encode(), np.cumsum(self.lengths[ids], dtype=np.int64)
+                n = int(np.searchsorted(ends, len(data) - longest, side="right"))
+                while data[ends[n - 1]] & 0xC0 == 0x80:     # inside a character
+                    n -= 1
+                ids, piece = ids[:n], data[:ends[n - 1]].decode()
+            parts.append(ids)
+            at += len(piece)
+        return np.concatenate([*parts, np.zeros(1, np.uint16)])
 
 
 class WorldTokenizer(_Tokenizer):

@@ -2,6 +2,7 @@
 
 import os
 
+import numpy as np
 import pytest
 import rwkv
 from hypothesis import given, settings
@@ -50,6 +51,22 @@ def test_text_comes_back(tokenizer):
         assert tokenizer.lengths[ids].sum() == len(text.encode())
 
     back()
+
+
+@pytest.mark.parametrize("tokenizer", [WORLD, BYTE], ids=lambda t: t.name)
+def test_a_long_text_in_pieces_has_the_same_ids(tokenizer, monkeypatch):
+    monkeypatch.setattr("rwkv_nb.tokenizer.PIECE", 400)
+    spaces = st.integers(1, 90).map(lambda n: " " * n)     # tokens of up to 128 bytes
+
+    @settings(max_examples=100, deadline=None)
+    @given(st.lists(texts | spaces | st.sampled_from(["饸饹", "=" * 70, MIXED]), max_size=30).map("".join))
+    def same(text):
+        long, short = tokenizer.documents([text * 9, "a"])
+        assert long.dtype == np.uint16 and long.tolist() == [*tokenizer.encode(text * 9), 0]
+        assert short.tolist() == [*tokenizer.encode("a"), 0]
+        assert tokenizer.bytes(long) == (text * 9).encode()
+
+    same()
 
 
 @pytest.mark.parametrize("tokenizer", [WORLD, BYTE], ids=lambda t: t.name)

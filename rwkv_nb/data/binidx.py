@@ -106,9 +106,9 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray]:
     return np.dtype(DTYPES[code]), sizes, np.memmap(path, "<i8", "r", HEADER.size + 4 * n, (n,))
 
 
-def check_ids(tokens: np.ndarray, tokenizer, where: str) -> None:
-    """Raise DataError for ids that this vocabulary does not have."""
-    if len(tokens) and not 0 <= tokens.min() <= tokens.max() < tokenizer.vocab_size:
-        bad = tokens.min() if tokens.min() < 0 else tokens.max()
-        raise DataError(f"it has id {bad}; the {tokenizer.name} vocabulary ends at {tokenizer.vocab_size - 1}",
-                        where=where, fix="use the tokenizer that it was made with, or make it again from its jsonl")
+def unknown_ids(tokens: np.ndarray, tokenizer) -> str:
+    """What is wrong with ids that this vocabulary does not have; "" for nothing."""
+    if not len(tokens) or 0 <= tokens.min() <= tokens.max() < tokenizer.vocab_size:
+        return ""
+    bad = tokens.min() if tokens.min() < 0 else tokens.max()
+    return f"it has id {bad}; the {tokenizer.name} vocabulary ends at {tokenizer.vocab_size - 1}"

@@ -7,6 +7,7 @@ writes "Assistant:" inside a sentence changes nothing.
 import itertools
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -40,7 +41,7 @@ class Template:
     @cached_property
     def markers(self) -> re.Pattern[bytes]:
         names = "|".join(re.escape(marker) for marker in (*self.given, *self.learnt))
-        return re.compile((f"({names})" if self.loose else rf"(?:\A\s*|(?:\r?\n){{2}})({names})").encode())
+        return re.compile((f"({names})" if self.loose else rf"(?:\A\s*|\n\r?\n)({names})").encode())
 
 
 _CHAT = dict(given=("System:", "User:"), learnt=("Assistant:",),
@@ -100,30 +101,33 @@ def trained_spans(data: bytes, template: Template) -> list[tuple[int, int]]:
     return spans
 
 
-def loss_mask(tokens: np.ndarray, tokenizer, template: str | Template = "chat") -> np.ndarray:
+def loss_mask(tokens: np.ndarray, tokenizer, template: str | Template = "chat",
+              begins: Sequence[int] | np.ndarray = (0,)) -> np.ndarray:
     """Which tokens are trained as targets: int [T] → bool [T].
 
     A token is trained where its first byte is. The 0 that closes a document belongs to the last turn: it is
     trained behind an assistant's turn (the answer ends here), not behind a user's.
+    begins: where texts begin, of many documents in a row; behind a 0 one always does
     """
     template = get_template(template)
-    mask = np.ones(len(tokens), dtype=bool)
-    if template.learnt:
-        begins = np.flatnonzero(tokens[:-1] == 0) + 1  # a 0 inside begins a new text
-        for start, stop in itertools.pairwise([0, *begins, len(tokens)]):
-            mask[start:stop] = _mask_of_one(tokens[start:stop], tokenizer, template)
-    return mask
-
-
-def _mask_of_one(tokens: np.ndarray, tokenizer, template: Template) -> np.ndarray:
-    data = b"".join([tokenizer.table[token] for token in tokens.tolist()])
-    trained = np.zeros(len(data) + 1, dtype=bool)  # one place more: the closing 0 stands behind the last byte
-    for start, stop in trained_spans(data, template):
+    if not template.learnt:
+        return np.ones(len(tokens), dtype=bool)
+    opens = np.zeros(len(tokens) + 1, dtype=bool)   # is token t a text's first
+    opens[1:] = tokens == 0
+    opens[np.asarray(begins)] = True
+    # In bytes, each text has one place more: its closing 0 stands behind the last byte.
+    places = np.concatenate([[0], np.cumsum(tokenizer.lengths[tokens], dtype=np.int64)])
+    edges = places[np.append(np.flatnonzero(opens[:-1]), len(tokens))].tolist()
+    data, spans = tokenizer.bytes(tokens), []
+    for number, (start, stop) in enumerate(itertools.pairwise(edges)):
+        spans += [(start + number + a, start + number + b + (start + b == stop))
+                  for a, b in trained_spans(data[start:stop], template)]
+    del data
+    places += np.cumsum(opens) - 1
+    trained = np.zeros(edges[-1] + len(edges), dtype=bool)
+    for start, stop in spans:
         trained[start:stop] = True
-        if stop == len(data):
-            trained[stop] = True
-    lengths = tokenizer.lengths[tokens]
-    return trained[np.cumsum(lengths, dtype=np.int64) - lengths]
+    return trained[places[:-1]]
 
 
 def prompt(text: str, template: str | Template = "chat") -> str:
