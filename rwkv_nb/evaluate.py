@@ -186,12 +186,13 @@ def judge(model: RWKV, tokenizer, heldout: Sequence[str], *, general: Iterable |
 
 
 def heldout_texts(path: str | Path, settings: Settings, tokenizer) -> list[str]:
-    """The texts of a jsonl; with path "" those that the run itself kept out of training (heldout, eval_file).
+    """The texts of a jsonl, its rows written by the run's template; with path "" those that the run itself kept out of
+    training (heldout, eval_file).
 
     Raises DataError where it kept out none.
     """
     if path:
-        return [text for _, text in read_jsonl(path)]
+        return [text for _, text in read_jsonl(path, settings.data)]
     kept = open_split(settings.data, tokenizer, settings.train.eval_file)[1]
     if not len(kept):
         raise DataError("this run kept no documents out of training", where="HELDOUT",

@@ -112,22 +112,20 @@ def loss_mask(tokens: np.ndarray, tokenizer, template: str | Template = "chat",
     template = get_template(template)
     if not template.learnt:
         return np.ones(len(tokens), dtype=bool)
-    opens = np.zeros(len(tokens) + 1, dtype=bool)   # is token t a text's first
+    opens = np.zeros(len(tokens) + 1, dtype=bool)   # does a text begin with token t
     opens[1:] = tokens == 0
-    opens[np.asarray(begins)] = True
-    # In bytes, each text has one place more: its closing 0 stands behind the last byte.
-    places = np.concatenate([[0], np.cumsum(tokenizer.lengths[tokens], dtype=np.int64)])
-    edges = places[np.append(np.flatnonzero(opens[:-1]), len(tokens))].tolist()
-    data, spans = tokenizer.bytes(tokens), []
-    for number, (start, stop) in enumerate(itertools.pairwise(edges)):
-        spans += [(start + number + a, start + number + b + (start + b == stop))
-                  for a, b in trained_spans(data[start:stop], template)]
-    del data
-    places += np.cumsum(opens) - 1
-    trained = np.zeros(edges[-1] + len(edges), dtype=bool)
+    opens[np.asarray(begins)] = opens[-1] = True
+    # In places of bytes, of which each text has one more than bytes: its closing 0 stands behind the last of them.
+    ends = np.cumsum(tokenizer.lengths[tokens] + opens[1:], dtype=np.int64)
+    texts, data, spans = [0, *ends[opens[1:]].tolist()], tokenizer.bytes(tokens), []
+    for number, (start, stop) in enumerate(itertools.pairwise(texts)):
+        spans += [(start + a, start + b + (b == stop - start - 1))
+                  for a, b in trained_spans(data[start - number:stop - number - 1], template)]
+    del data    # as large as the text
+    trained = np.zeros(texts[-1], dtype=bool)
     for start, stop in spans:
         trained[start:stop] = True
-    return trained[places[:-1]]
+    return np.concatenate([trained[:1], trained[ends[:-1]]])
 
 
 def prompt(text: str, template: str | Template = "chat") -> str:

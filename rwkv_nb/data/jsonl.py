@@ -20,7 +20,6 @@ from .chat import get_template, row_text
 
 DEFAULTS = DataSettings()
 BATCH = 1 << 20  # characters given to the tokenizer at once
-PARQUET_ROWS = 1000     # that are there at once
 TABLES = (".json", ".jsonl", ".csv", ".parquet")
 FIX = "check_data (notebook 01), or rwkv-nb check-data, lists every problem at once"
 
@@ -269,7 +268,7 @@ def _scan_rows(path: Path, data: DataSettings) -> Found:
             yield one
         return
     if kind == ".parquet":
-        parts = extra("pyarrow.parquet", "datasets").ParquetFile(path).iter_batches(PARQUET_ROWS)
+        parts = extra("pyarrow.parquet", "datasets").ParquetFile(path).iter_batches(1000)
         rows = enumerate((row for part in parts for row in part.to_pylist()), 1)
     elif kind in (".csv", ".json"):
         rows = _csv_rows(path) if kind == ".csv" else enumerate(_json_rows(path), 1)

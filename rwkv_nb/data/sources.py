@@ -22,7 +22,7 @@ TEXT = ("jsonl", "sft", "utf-8", "utf-16le")  # types of text; the others are to
 KINDS = {  # what a file of each suffix may hold, what auto takes first
     ".jsonl": ("jsonl", "sft"), ".json": ("sft", "jsonl"), ".csv": ("sft",), ".parquet": ("sft",), ".npy": ("numpy",),
     ".txt": ("utf-8", "utf-16le"), ".md": ("utf-8",), ".bin": ("binidx", "uint16"), ".idx": ("binidx",)}
-BLOCK = 1 << 20  # tokens that are looked at together
+BLOCK = 1 << 18  # tokens that are looked at together
 DUMMY = 1000  # documents of a dummy source
 SAVE = "save the ids as uint16, with numpy.save or array.tofile"
 
@@ -57,7 +57,8 @@ class Documents(Sequence):
         self.sizes = np.asarray(tokens.sizes, np.int64)
         self.trained, self._at = np.zeros_like(self.sizes), np.zeros_like(self.sizes)
         self.checksum, bits = 0, bytearray()
-        for i, j in blocks(self.sizes):
+        firsts = np.unique(np.cumsum(self.sizes) // BLOCK, return_index=True)[1].tolist()
+        for i, j in itertools.pairwise([*firsts, len(self)]):
             flat = np.concatenate([tokens[k] for k in range(i, j)])
             begins = np.cumsum(self.sizes[i:j]) - self.sizes[i:j]
             trained = mask(flat, begins, i)
@@ -82,13 +83,6 @@ class Documents(Sequence):
         first, skip = divmod(int(self._at[i]) + start, 8)
         bits = np.unpackbits(self._bits[first:first + (skip + len(tokens) + 7) // 8], count=skip + len(tokens))
         return Document(tokens, bits[skip:].view(bool))
-
-
-def blocks(sizes: np.ndarray) -> Iterator[tuple[int, int]]:
-    """(first, behind the last) of documents of these sizes, int [n], that make about BLOCK tokens together."""
-    ends = np.cumsum(sizes)
-    edges = np.searchsorted(ends, np.arange(BLOCK, ends[-1] if len(ends) else 0, BLOCK))
-    return itertools.pairwise(np.unique([0, *edges, len(sizes)]).tolist())
 
 
 def sums(values: np.ndarray, begins: np.ndarray, sizes: np.ndarray) -> np.ndarray:
@@ -126,11 +120,11 @@ def _open(data: DataSettings, tokenizer) -> Documents:
     template, tokens = mask_template(data), open_tokens(found, data, tokenizer)
 
     def mask(flat: np.ndarray, begins: np.ndarray, first: int) -> np.ndarray:
-        if unknown_ids(flat, tokenizer):
-            number, what = next((number, what) for number, document in enumerate(np.split(flat, begins[1:]), first + 1)
-                                if (what := unknown_ids(document, tokenizer)))
-            raise DataError(what, where=f"{found.path}: document {number}",
-                            fix="use the tokenizer that it was made with, or make it again from its jsonl")
+        some = np.split(flat, begins[1:]) if unknown_ids(flat, tokenizer) else ()
+        for number, document in enumerate(some, first + 1):
+            if what := unknown_ids(document, tokenizer):
+                raise DataError(what, where=f"{found.path}: document {number}",
+                                fix="use the tokenizer that it was made with, or make it again from its jsonl")
         return loss_mask(flat, tokenizer, template, begins)
 
     documents = Documents(tokens, mask, str(found.path))
