@@ -172,10 +172,7 @@ def judge(model: RWKV, tokenizer, heldout: Sequence[str], *, general: Iterable |
           choices: str | Path | None = None, template: str = "chat", op: str = "auto") -> Judgement:
     """One model's Judgement: call it for base and merged. heldout: texts, with answers or without; general: documents
     (data.sources); choices: a jsonl (multiple_choice)."""
-    documents = []
-    for text in heldout:
-        tokens = np.array([*tokenizer.encode(text), 0], np.uint16)
-        documents.append(Document(tokens, loss_mask(tokens, tokenizer, template)))
+    documents = [Document(tokens, loss_mask(tokens, tokenizer, template)) for tokens in tokenizer.documents(heldout)]
     answered = exact_match(model, tokenizer, heldout, template=template, op=op)
     taken = multiple_choice(model, tokenizer, choices, template=template, op=op) if choices else []
     return Judgement(

@@ -14,6 +14,7 @@ import numpy as np
 from .errors import SettingsError
 
 WORLD_IDS = 65530   # 0..65529; models round it up to 65536 rows
+LONGEST = 128       # bytes of a token, at the most: what stands further on does not change it
 PIECE = 1 << 20     # characters, or ids, worked on at once: as Python's own numbers, ids take 40 bytes each
 
 
@@ -44,20 +45,17 @@ class _Tokenizer:
         return [np.array([*next(short), 0], np.uint16) if len(text) <= PIECE else self._long(text) for text in texts]
 
     def _long(self, text: str) -> np.ndarray:
-        """The same for one long text, piece by piece. Which token comes next depends on as many bytes as the longest
-        token has: the last ones of a piece are left to the next, which begins between two characters."""
-        parts, at, longest = [], 0, int(self.lengths.max())
+        """The same for one long text, piece by piece."""
+        parts, at = [], 0
         while at < len(text):
-            piece = text[at:at + PIECE]
-            ids = np.array(self.encode(piece), np.uint16)
+            ids = self.encode(text[at:at + PIECE])
             if at + PIECE < len(text):
-                data, ends = piece.encode(), np.cumsum(self.lengths[ids], dtype=np.int64)
-                n = int(np.searchsorted(ends, len(data) - longest, side="right"))
-                while data[ends[n - 1]] & 0xC0 == 0x80:     # inside a character
+                n = len(ids) - LONGEST      # the rest may be other tokens where the text goes on
+                while self.table[ids[n]][0] & 0xC0 == 0x80:     # inside a character
                     n -= 1
-                ids, piece = ids[:n], data[:ends[n - 1]].decode()
-            parts.append(ids)
-            at += len(piece)
+                ids = ids[:n]
+            parts.append(np.array(ids, np.uint16))
+            at += len(self.bytes(parts[-1]).decode())
         return np.concatenate([*parts, np.zeros(1, np.uint16)])
 
 

@@ -16,7 +16,8 @@ import numpy as np
 from ..config import DataSettings
 from ..errors import DataError, SettingsError
 
-ROLES = {"human": "user", "gpt": "assistant", "function": "tool"}  # other names of the same roles
+# Other names of the same roles.
+ROLES = {"human": "user", "gpt": "assistant", "function": "tool", "observation": "tool", "developer": "system"}
 BEFORE = {"system": ("",), "user": ("", "system", "assistant"), "input": ("user", "input"),  # role → who may precede it
           "assistant": ("user", "input", "tool", "system", ""), "tool": ("assistant", "tool")}
 ANSWERS = {"instruction": "output", "query": "response", "prompt": "completion"}  # question → answer, by field name
@@ -116,8 +117,9 @@ def loss_mask(tokens: np.ndarray, tokenizer, template: str | Template = "chat",
     opens[1:] = tokens == 0
     opens[np.asarray(begins)] = opens[-1] = True
     # In places of bytes, of which each text has one more than bytes: its closing 0 stands behind the last of them.
+    data, spans = tokenizer.bytes(tokens), []
     ends = np.cumsum(tokenizer.lengths[tokens] + opens[1:], dtype=np.int64)
-    texts, data, spans = [0, *ends[opens[1:]].tolist()], tokenizer.bytes(tokens), []
+    texts = [0, *ends[opens[1:]].tolist()]
     for number, (start, stop) in enumerate(itertools.pairwise(texts)):
         spans += [(start + a, start + b + (b == stop - start - 1))
                   for a, b in trained_spans(data[start - number:stop - number - 1], template)]
