@@ -19,7 +19,7 @@ from .chat import Template, loss_mask, mask_template
 from .jsonl import DEFAULTS, Problem, encode, likely_encoding, parse, read_row, row_writer
 from .sources import TEXT, DataFile, find_data_file, open_tokens, scan, sums
 
-BATCH = 512     # documents that are looked at together
+BATCH = 64      # documents that are looked at together
 SHOWN = 100     # problems of a file
 
 
@@ -120,11 +120,10 @@ def _out_of_order(text: bytes, template: Template) -> str:
     """What is wrong with the order of a written document's turns; "" for nothing."""
     if template.loose or not template.learnt:
         return ""
-    turns = [(turn[1].decode(), text[turn.end():]) for turn in template.markers.finditer(text)]
-    for (one, _), (two, rest) in itertools.pairwise(turns):
-        twice = one == two and not rest.startswith(b" <tool_response>")
-        if twice or two == "System:":
-            return f"turns are out of order: {two!r} behind {one!r}"
+    for one, two in itertools.pairwise(template.markers.finditer(text)):
+        twice = one[1] == two[1] and not text.startswith(b" <tool_response>", two.end())
+        if twice or two[1] == b"System:":
+            return f"turns are out of order: {two[1].decode()!r} behind {one[1].decode()!r}"
     return ""
 
 

@@ -67,7 +67,7 @@ class Documents(Sequence):
             self.checksum = zlib.crc32(packed, zlib.crc32(flat.astype(np.uint16, copy=False), self.checksum))
             self._at[i:j] = 8 * len(bits) + begins    # the place of a document's first bit
             bits += packed.tobytes()
-        self._bits = None if (self.trained == self.sizes).all() else np.frombuffer(bits, np.uint8)
+        self._bits = np.array(bits, np.uint8)
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -78,8 +78,6 @@ class Documents(Sequence):
     def piece(self, i: int, start: int, stop: int | None) -> Document:
         """Tokens start:stop of document i."""
         tokens = self._tokens[i][start:stop].astype(np.uint16, copy=False)
-        if self._bits is None:
-            return Document(tokens, np.ones(len(tokens), dtype=bool))
         first, skip = divmod(int(self._at[i]) + start, 8)
         bits = np.unpackbits(self._bits[first:first + (skip + len(tokens) + 7) // 8], count=skip + len(tokens))
         return Document(tokens, bits[skip:].view(bool))
@@ -87,9 +85,7 @@ class Documents(Sequence):
 
 def sums(values: np.ndarray, begins: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """Of values [T], which documents of these sizes have in a row, each document's sum: int64 [n]."""
-    out, some = np.zeros(len(sizes), np.int64), sizes > 0
-    out[some] = np.add.reduceat(values, begins[some], dtype=np.int64)
-    return out
+    return np.add.reduceat(np.append(values, 0), begins, dtype=np.int64) * (sizes > 0)  # of none it gives the next value
 
 
 def open_documents(data: DataSettings, tokenizer) -> Documents | Selection:
