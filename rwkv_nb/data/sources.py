@@ -84,8 +84,9 @@ class Documents(Sequence):
 
 
 def sums(values: np.ndarray, begins: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Of values [T], which documents of these sizes have in a row, each document's sum: int64 [n]."""
-    return np.add.reduceat(np.append(values, 0), begins, dtype=np.int64) * (sizes > 0)  # of none it gives the next value
+    """Of bools [T], which documents of these sizes have in a row, each document's sum: int64 [n]."""
+    each = np.add.reduceat(np.append(values, False), begins, dtype=np.int64)
+    return each * (sizes > 0)   # of an empty document it is the next value
 
 
 def open_documents(data: DataSettings, tokenizer) -> Documents | Selection:
