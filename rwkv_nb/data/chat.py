@@ -118,7 +118,8 @@ def loss_mask(tokens: np.ndarray, tokenizer, template: str | Template = "chat",
     opens[np.asarray(begins)] = opens[-1] = True
     # In places of bytes, of which each text has one more than bytes: its closing 0 stands behind the last of them.
     data, spans = tokenizer.bytes(tokens), []
-    ends = np.cumsum(tokenizer.lengths[tokens] + opens[1:], dtype=np.int64)
+    ends = (tokenizer.lengths[tokens] + opens[1:]).astype(np.int64)
+    np.cumsum(ends, out=ends)   # in its place: of a long text it is the largest array of all
     texts = [0, *ends[opens[1:]].tolist()]
     for number, (start, stop) in enumerate(itertools.pairwise(texts)):
         spans += [(start + a, start + b + (b == stop - start - 1))

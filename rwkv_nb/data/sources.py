@@ -146,7 +146,7 @@ def open_tokens(found: DataFile, data: DataSettings, tokenizer) -> Slices:
     # in one piece each: an array for each document, or a number of Python's, takes more than its tokens
     tokens, sizes = bytearray(), array.array("q")
     for _, document in good(encode(scan(found, data), tokenizer), found.path):
-        tokens += document.tobytes()
+        tokens.extend(document.data)
         sizes.append(len(document))
     sizes = np.frombuffer(sizes, np.int64)
     return Slices(np.frombuffer(tokens, np.uint16), np.cumsum(sizes) - sizes, sizes)
