@@ -263,7 +263,7 @@ def _merge(arguments) -> int:
                   dtype=DTYPES.get(arguments.dtype), lora_alpha=arguments.lora_alpha,
                   allow_other_base=arguments.other_base, progress=_bar)
     print(proof)
-    return 0 if proof.ok else 1
+    return 0 if proof.ok or proof.rounded else 1
 
 
 def _export(arguments) -> None:

@@ -172,10 +172,7 @@ def judge(model: RWKV, tokenizer, heldout: Sequence[str], *, general: Iterable |
           choices: str | Path | None = None, template: str = "chat", op: str = "auto") -> Judgement:
     """One model's Judgement: call it for base and merged. heldout: texts, with answers or without; general: documents
     (data.sources); choices: a jsonl (multiple_choice)."""
-    documents = []
-    for text in heldout:
-        tokens = np.array([*tokenizer.encode(text), 0], np.uint16)
-        documents.append(Document(tokens, loss_mask(tokens, tokenizer, template)))
+    documents = [Document(tokens, loss_mask(tokens, tokenizer, template)) for tokens in tokenizer.documents(heldout)]
     answered = exact_match(model, tokenizer, heldout, template=template, op=op)
     taken = multiple_choice(model, tokenizer, choices, template=template, op=op) if choices else []
     return Judgement(
@@ -186,12 +183,13 @@ def judge(model: RWKV, tokenizer, heldout: Sequence[str], *, general: Iterable |
 
 
 def heldout_texts(path: str | Path, settings: Settings, tokenizer) -> list[str]:
-    """The texts of a jsonl; with path "" those that the run itself kept out of training (heldout, eval_file).
+    """The texts of a jsonl, its rows written by the run's template; with path "" those that the run itself kept out of
+    training (heldout, eval_file).
 
     Raises DataError where it kept out none.
     """
     if path:
-        return [text for _, text in read_jsonl(path)]
+        return [text for _, text in read_jsonl(path, settings.data)]
     kept = open_split(settings.data, tokenizer, settings.train.eval_file)[1]
     if not len(kept):
         raise DataError("this run kept no documents out of training", where="HELDOUT",

@@ -14,6 +14,8 @@ import numpy as np
 from .errors import SettingsError
 
 WORLD_IDS = 65530   # 0..65529; models round it up to 65536 rows
+LONGEST = 128       # bytes of a token, at the most: what stands further on does not change it
+PIECE = 1 << 20     # characters, or ids, worked on at once: as Python's own numbers, ids take 40 bytes each
 
 
 class _Tokenizer:
@@ -30,7 +32,31 @@ class _Tokenizer:
 
     def decode(self, tokens: Iterable[int]) -> str:
         """Text of ids; bytes that are not UTF-8 become U+FFFD. Never raises for ids below vocab_size."""
-        return b"".join([self.table[t] for t in tokens]).decode("utf-8", errors="replace")
+        return self.bytes(np.asarray(tokens, dtype=np.int64)).decode("utf-8", errors="replace")
+
+    def bytes(self, tokens: np.ndarray) -> bytes:
+        """The bytes of ids, int [T]; memory stays near theirs, however many there are."""
+        return b"".join([b"".join([self.table[t] for t in tokens[i:i + PIECE].tolist()])
+                         for i in range(0, len(tokens), PIECE)])
+
+    def documents(self, texts: list[str]) -> list[np.ndarray]:
+        """Ids of many texts, uint16 [T] each, with the closing 0; a text of any length in little memory."""
+        short = iter(self.encode_batch([text for text in texts if len(text) <= PIECE]))
+        return [np.array([*next(short), 0], np.uint16) if len(text) <= PIECE else self._long(text) for text in texts]
+
+    def _long(self, text: str) -> np.ndarray:
+        """The same for one long text, piece by piece."""
+        parts, at = [], 0
+        while at < len(text):
+            ids = self.encode(text[at:at + PIECE])
+            if at + PIECE < len(text):
+                n = len(ids) - LONGEST      # the rest may be other tokens where the text goes on
+                while self.table[ids[n]][0] & 0xC0 == 0x80:     # inside a character
+                    n -= 1
+                ids = ids[:n]
+            parts.append(np.array(ids, np.uint16))
+            at += len(self.bytes(parts[-1]).decode())
+        return np.concatenate([*parts, np.zeros(1, np.uint16)])
 
 
 class WorldTokenizer(_Tokenizer):

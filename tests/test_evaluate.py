@@ -186,6 +186,9 @@ def test_heldout_texts_are_those_that_the_run_did_not_train_on(tmp_path):
     apart = Settings(data=settings.data, train=TrainSettings(eval_file=str(other)))
     assert heldout_texts("", apart, TOKENIZER) == heldout_texts(other, settings, TOKENIZER) == [
         "User: a\n\nAssistant: b"]
+    other.write_text(json.dumps({"query": "a", "response": "b"}))
+    thinks = Settings(data=DataSettings(str(mine), template="g1"))     # the run's template writes the rows
+    assert heldout_texts(other, thinks, TOKENIZER) == ["User: a\n\nAssistant: <think>\n</think>\nb"]
     with pytest.raises(DataError, match="kept no documents"):
         heldout_texts("", Settings(data=DataSettings(str(mine))), TOKENIZER)
     assert exact_match(None, TOKENIZER, []).n == 0

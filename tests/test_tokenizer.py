@@ -2,6 +2,7 @@
 
 import os
 
+import numpy as np
 import pytest
 import rwkv
 from hypothesis import given, settings
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from rwkv.rwkv_tokenizer import TRIE_TOKENIZER
 
 from rwkv_nb.errors import SettingsError
-from rwkv_nb.tokenizer import ByteTokenizer, WorldTokenizer, get_tokenizer
+from rwkv_nb.tokenizer import LONGEST, ByteTokenizer, WorldTokenizer, get_tokenizer
 
 WORLD, BYTE = WorldTokenizer(), ByteTokenizer()
 MIXED = "The 猫 sat. Ça va? Привет, мир! こんにちは 안녕 🙂👨‍👩‍👧 नमस्ते\r\n\tx = [1, 2]\n\n１２３ \u200b\ufeff e\u0301"
@@ -50,6 +51,24 @@ def test_text_comes_back(tokenizer):
         assert tokenizer.lengths[ids].sum() == len(text.encode())
 
     back()
+
+
+@pytest.mark.parametrize("tokenizer", [WORLD, BYTE], ids=lambda t: t.name)
+def test_a_long_text_in_pieces_has_the_same_ids(tokenizer, monkeypatch):
+    monkeypatch.setattr("rwkv_nb.tokenizer.PIECE", 30_000)
+    assert max(tokenizer.lengths) <= LONGEST
+    some = texts.filter(len) | st.integers(1, 90).map(lambda n: " " * n) | st.sampled_from(["饸饹", "=" * 70, MIXED])
+
+    @settings(max_examples=20, deadline=None)
+    @given(st.lists(some, min_size=1, max_size=30).map("".join))
+    def same(text):
+        text *= 100_000 // len(text) + 1
+        long, short = tokenizer.documents([text, "a"])
+        assert long.dtype == np.uint16 and long.tolist() == [*tokenizer.encode(text), 0]
+        assert short.tolist() == [*tokenizer.encode("a"), 0]
+        assert tokenizer.bytes(long) == text.encode()
+
+    same()
 
 
 @pytest.mark.parametrize("tokenizer", [WORLD, BYTE], ids=lambda t: t.name)

@@ -5,7 +5,6 @@ beginning with the last token of the one before, so every token but a document's
 """
 
 import zlib
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError
-from .sources import Document
+from .mixing import Selection
+from .sources import Document, Documents
 
 
 class Batch(NamedTuple):
@@ -28,7 +28,7 @@ class Batch(NamedTuple):
 class Pieces:
     """Rows of documents cut into pieces: row k is items[first[k]:first[k + 1]]. Each epoch is an order of all rows."""
 
-    def __init__(self, documents: Sequence[Document], items: np.ndarray, first: np.ndarray):
+    def __init__(self, documents: Documents | Selection, items: np.ndarray, first: np.ndarray):
         self._documents, self._items, self._first = documents, items, first
 
     def __len__(self) -> int:
@@ -40,19 +40,15 @@ class Pieces:
 
     def row(self, k: int) -> list[Document]:
         """The pieces of row k."""
-        row = []
-        for i, start, stop in self._items[self._first[k]:self._first[k + 1]].tolist():
-            tokens, mask = self._documents[i]
-            row.append(Document(tokens[start:stop], mask[start:stop]))
-        return row
+        return [self._documents.piece(*item) for item in self._items[self._first[k]:self._first[k + 1]].tolist()]
 
 
 class Places:
     """Rows of ctx_len inputs from any place of all documents' tokens in a row. Each epoch draws other places."""
 
-    def __init__(self, documents: Sequence[Document], ctx_len: int):
+    def __init__(self, documents: Documents | Selection, ctx_len: int):
         self._documents, self._ctx_len = documents, ctx_len
-        ends = np.cumsum([len(document.tokens) for document in documents])
+        ends = np.cumsum(documents.sizes)
         self._starts, self._total = np.concatenate([[0], ends[:-1]]), int(ends[-1])
 
     def __len__(self) -> int:
@@ -67,8 +63,7 @@ class Places:
         i = int(np.searchsorted(self._starts, place, side="right")) - 1
         start, left, parts = place - int(self._starts[i]), self._ctx_len + 1, []
         while left > 0 and i < len(self._documents):
-            tokens, mask = self._documents[i]
-            parts.append(Document(tokens[start:start + left], mask[start:start + left]))
+            parts.append(self._documents.piece(i, start, start + left))
             left -= len(parts[-1].tokens)
             start, i = 0, i + 1
         return [Document(*(np.concatenate(part) for part in zip(*parts, strict=True)))]
@@ -91,7 +86,7 @@ class Batches:
               one that has no row left for one gets a row of which nothing is trained.
     """
 
-    def __init__(self, documents: Sequence[Document], *, ctx_len: int, micro_bsz: int, accumulate: int, seed: int,
+    def __init__(self, documents: Documents | Selection, *, ctx_len: int, micro_bsz: int, accumulate: int, seed: int,
                  epoch_steps: int = 0, device: str | torch.device = "cpu", dataload: str = "split", rank: int = 0,
                  world_size: int = 1):
         self.documents, self.ctx_len, self.seed, self.dataload = documents, ctx_len, seed, dataload
@@ -110,29 +105,28 @@ class Batches:
 
     def _cut(self) -> None:
         """Make `items`, and a checksum of everything that is trained on."""
-        items, checksum = [], 0
-        self._n_split = self._n_lost = self._n_idle = self._longest = 0
-        for i in range(len(self.documents)):
-            tokens, mask = self.documents[i]
-            checksum = zlib.crc32(np.packbits(mask), zlib.crc32(tokens, checksum))
-            self._longest = max(self._longest, len(tokens))
-            starts = range(0, max(len(tokens) - 1, 1), self.ctx_len)
-            if len(starts) > 1:
-                self._n_split += 1
-            if self.dataload in ("pad", "only"):
-                starts = starts[:1]
-                self._n_lost += max(len(tokens) - self.ctx_len - 1, 0)
-            for start in starts:
-                stop = min(start + self.ctx_len + 1, len(tokens))
-                if mask[start + 1:stop].any():
-                    items.append((i, start, stop))
-                else:
-                    self._n_idle += 1
-        if not items:
-            raise DataError("nothing in the data is trained", where=getattr(self.documents, "source", "documents"),
+        sizes, whole = self.documents.sizes, self.documents.trained == self.documents.sizes
+        counts = np.maximum(-(-(sizes - 1) // self.ctx_len), 1)
+        self._n_split, self._longest, self._n_lost = int((counts > 1).sum()), int(sizes.max(initial=0)), 0
+        if self.dataload in ("pad", "only"):
+            counts[:] = 1
+            self._n_lost = int(np.maximum(sizes - self.ctx_len - 1, 0).sum())
+        first = np.cumsum(counts) - counts
+        number = np.repeat(np.arange(len(sizes)), counts)
+        start = (np.arange(len(number)) - first[number]) * self.ctx_len
+        stop = np.minimum(start + self.ctx_len + 1, sizes[number])
+        trained = stop - start > 1
+        # Most documents are trained whole, or are one piece with several trained tokens: no need to look at those.
+        for i in np.flatnonzero(~whole & ((sizes > self.ctx_len + 1) | (self.documents.trained < 2))):
+            pieces = slice(first[i], first[i] + counts[i])
+            before = np.cumsum(self.documents[i].mask)
+            trained[pieces] &= before[stop[pieces] - 1] > before[start[pieces]]
+        self._n_idle = int((~trained).sum())
+        if not trained.any():
+            raise DataError("nothing in the data is trained", where=self.documents.source,
                             fix="check the template: with chat, only assistant turns are; plain trains everything")
-        self.items = np.array(items, dtype=np.int64)
-        self._checksum = zlib.crc32(self.items, zlib.crc32(self.dataload.encode(), checksum))
+        self.items = np.stack([number, start, stop], 1)[trained]
+        self._checksum = zlib.crc32(self.items, zlib.crc32(f"{self.dataload} {self.documents.checksum}".encode()))
 
     def _pack(self) -> np.ndarray:
         """Put the pieces in an order of their own, as many in a row as fit; returns where each row begins, and the end.
@@ -222,13 +216,13 @@ class Batches:
         now = self.state()
         if differing := [name for name in ("seed", "items", "checksum") if state[name] != now[name]]:
             told = ", ".join(f"{name} {state[name]} then, {now[name]} now" for name in differing)
-            raise DataError(f"the run began with other data ({told})", where=getattr(self.documents, "source", ""),
+            raise DataError(f"the run began with other data ({told})", where=self.documents.source,
                             fix="give data_file, template, ctx_len and random_seed as they were, or start a new run")
         self._position = state["position"]
 
     def notices(self) -> list[str]:
         """What a person should know before training, a sentence each."""
-        told, n = list(getattr(self.documents, "notices", [])), len(self._rows)
+        told, n = list(self.documents.notices), len(self._rows)
         if self._longest <= self.ctx_len:
             told.append(f"the longest document has {self._longest} tokens: a ctx_len of {self.ctx_len} is more than "
                         "it needs")

@@ -66,8 +66,6 @@ class BinIdx(Slices):
         for path in (self.bin_file, self.idx_file):
             if not path.is_file():
                 raise DataError("this half of the .bin/.idx pair is missing", where=path, fix=REMAKE)
-            if path.stat().st_size == 0:
-                raise DataError("the file is empty", where=path, fix=REMAKE)
         self.dtype, sizes, pointers = _read_index(self.idx_file)
         self._check_fit(sizes, pointers)
         super().__init__(np.memmap(self.bin_file, dtype=self.dtype, mode="r"), pointers // self.dtype.itemsize, sizes)
@@ -88,10 +86,8 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray]:
     """dtype of the .bin, sizes int32 [n] in tokens, pointers int64 [n] in bytes."""
     with open(path, "rb") as file:
         head, held = file.read(HEADER.size), path.stat().st_size
-    if not head.startswith(MAGIC):
-        raise DataError("this is no .idx file: its first bytes are wrong", where=path, fix=REMAKE)
-    if len(head) < HEADER.size:
-        raise DataError("the file is cut off inside its header", where=path, fix=REMAKE)
+    if len(head) < HEADER.size or not head.startswith(MAGIC):
+        raise DataError("this is no .idx file: it is empty, cut off or begins otherwise", where=path, fix=REMAKE)
     _, version, code, n, n_doc = HEADER.unpack(head)
     if version != 1 or code not in DTYPES:
         raise DataError(f"version {version}, dtype code {code} cannot be read (version 1, codes {list(DTYPES)} can)",
@@ -106,9 +102,9 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray]:
     return np.dtype(DTYPES[code]), sizes, np.memmap(path, "<i8", "r", HEADER.size + 4 * n, (n,))
 
 
-def check_ids(tokens: np.ndarray, tokenizer, where: str) -> None:
-    """Raise DataError for ids that this vocabulary does not have."""
-    if len(tokens) and not 0 <= tokens.min() <= tokens.max() < tokenizer.vocab_size:
-        bad = tokens.min() if tokens.min() < 0 else tokens.max()
-        raise DataError(f"it has id {bad}; the {tokenizer.name} vocabulary ends at {tokenizer.vocab_size - 1}",
-                        where=where, fix="use the tokenizer that it was made with, or make it again from its jsonl")
+def unknown_ids(tokens: np.ndarray, tokenizer) -> str:
+    """What is wrong with ids that this vocabulary does not have; "" for nothing."""
+    if not len(tokens) or 0 <= tokens.min() <= tokens.max() < tokenizer.vocab_size:
+        return ""
+    bad = tokens.min() if tokens.min() < 0 else tokens.max()
+    return f"it has id {bad}; the {tokenizer.name} vocabulary ends at {tokenizer.vocab_size - 1}"

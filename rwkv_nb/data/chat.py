@@ -7,6 +7,7 @@ writes "Assistant:" inside a sentence changes nothing.
 import itertools
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -15,7 +16,8 @@ import numpy as np
 from ..config import DataSettings
 from ..errors import DataError, SettingsError
 
-ROLES = {"human": "user", "gpt": "assistant", "function": "tool"}  # other names of the same roles
+# Other names of the same roles.
+ROLES = {"human": "user", "gpt": "assistant", "function": "tool", "observation": "tool", "developer": "system"}
 BEFORE = {"system": ("",), "user": ("", "system", "assistant"), "input": ("user", "input"),  # role → who may precede it
           "assistant": ("user", "input", "tool", "system", ""), "tool": ("assistant", "tool")}
 ANSWERS = {"instruction": "output", "query": "response", "prompt": "completion"}  # question → answer, by field name
@@ -40,7 +42,7 @@ class Template:
     @cached_property
     def markers(self) -> re.Pattern[bytes]:
         names = "|".join(re.escape(marker) for marker in (*self.given, *self.learnt))
-        return re.compile((f"({names})" if self.loose else rf"(?:\A\s*|(?:\r?\n){{2}})({names})").encode())
+        return re.compile((f"({names})" if self.loose else rf"(?:\A\s*|\n\r?\n)({names})").encode())
 
 
 _CHAT = dict(given=("System:", "User:"), learnt=("Assistant:",),
@@ -100,30 +102,33 @@ def trained_spans(data: bytes, template: Template) -> list[tuple[int, int]]:
     return spans
 
 
-def loss_mask(tokens: np.ndarray, tokenizer, template: str | Template = "chat") -> np.ndarray:
+def loss_mask(tokens: np.ndarray, tokenizer, template: str | Template = "chat",
+              begins: Sequence[int] | np.ndarray = (0,)) -> np.ndarray:
     """Which tokens are trained as targets: int [T] → bool [T].
 
     A token is trained where its first byte is. The 0 that closes a document belongs to the last turn: it is
     trained behind an assistant's turn (the answer ends here), not behind a user's.
+    begins: where texts begin, of many documents in a row; behind a 0 one always does
     """
     template = get_template(template)
-    mask = np.ones(len(tokens), dtype=bool)
-    if template.learnt:
-        begins = np.flatnonzero(tokens[:-1] == 0) + 1  # a 0 inside begins a new text
-        for start, stop in itertools.pairwise([0, *begins, len(tokens)]):
-            mask[start:stop] = _mask_of_one(tokens[start:stop], tokenizer, template)
-    return mask
-
-
-def _mask_of_one(tokens: np.ndarray, tokenizer, template: Template) -> np.ndarray:
-    data = b"".join([tokenizer.table[token] for token in tokens.tolist()])
-    trained = np.zeros(len(data) + 1, dtype=bool)  # one place more: the closing 0 stands behind the last byte
-    for start, stop in trained_spans(data, template):
+    if not template.learnt:
+        return np.ones(len(tokens), dtype=bool)
+    opens = np.zeros(len(tokens) + 1, dtype=bool)   # does a text begin with token t
+    opens[1:] = tokens == 0
+    opens[np.asarray(begins)] = opens[-1] = True
+    # In places of bytes, of which each text has one more than bytes: its closing 0 stands behind the last of them.
+    data, spans = tokenizer.bytes(tokens), []
+    ends = (tokenizer.lengths[tokens] + opens[1:]).astype(np.int64)
+    np.cumsum(ends, out=ends)   # in its place: of a long text it is the largest array of all
+    texts = [0, *ends[opens[1:]].tolist()]
+    for number, (start, stop) in enumerate(itertools.pairwise(texts)):
+        spans += [(start + a, start + b + (b == stop - start - 1))
+                  for a, b in trained_spans(data[start - number:stop - number - 1], template)]
+    del data    # as large as the text
+    trained = np.zeros(texts[-1], dtype=bool)
+    for start, stop in spans:
         trained[start:stop] = True
-        if stop == len(data):
-            trained[stop] = True
-    lengths = tokenizer.lengths[tokens]
-    return trained[np.cumsum(lengths, dtype=np.int64) - lengths]
+    return np.concatenate([trained[:1], trained[ends[:-1]]])
 
 
 def prompt(text: str, template: str | Template = "chat") -> str:

@@ -14,11 +14,12 @@ import numpy as np
 from ..config import DataSettings
 from ..errors import DataError
 from ..runs import atomic_path
-from .binidx import check_ids
+from .binidx import unknown_ids
 from .chat import Template, loss_mask, mask_template
 from .jsonl import DEFAULTS, Problem, encode, likely_encoding, parse, read_row, row_writer
-from .sources import TEXT, DataFile, find_data_file, open_tokens, scan
+from .sources import TEXT, DataFile, find_data_file, open_tokens, scan, sums
 
+BATCH = 64      # documents that are looked at together
 SHOWN = 100     # problems of a file
 
 
@@ -60,18 +61,17 @@ def check_data(data: DataSettings, tokenizer) -> Report:
     report = Report(found.path, unit="" if found.data_type in TEXT else " document ")
     if found.notice:
         report.notices.append(found.notice)
-    whole = 0
-    for one in _tokens(found, data, tokenizer):
-        if isinstance(one, Problem):
-            report.problems.append(one)
-            continue
-        number, tokens = one
-        what, mask = _wrong(tokens, tokenizer, template)
-        if what:
-            report.problems.append(Problem(number, what, _words(tokens, tokenizer)))
-        report.sizes.append(len(tokens))
-        report.trained += int(mask.sum())
-        whole += bool(template.learnt and mask.all())
+    whole, stream = 0, _tokens(found, data, tokenizer)
+    while batch := list(itertools.islice(stream, BATCH)):
+        report.problems += [one for one in batch if isinstance(one, Problem)]
+        if documents := [one for one in batch if not isinstance(one, Problem)]:
+            problems, trained = _examined(documents, tokenizer, template)
+            sizes = [len(tokens) for _, tokens in documents]
+            report.problems += problems
+            report.sizes += sizes
+            report.trained += int(trained.sum())
+            whole += int((trained == sizes).sum()) if template.learnt else 0
+    report.problems.sort(key=lambda problem: problem.line)
     over = np.array(report.sizes, dtype=np.int64) - data.ctx_len - 1
     if (over > 0).any():
         report.notices.append(f"{(over > 0).sum()} documents are longer than ctx_len {data.ctx_len}: split keeps all "
@@ -94,32 +94,36 @@ def _tokens(found: DataFile, data: DataSettings, tokenizer) -> Iterator[tuple[in
         yield Problem(0, error.what if other == found.path.name else f"{other}: {error.what}")
 
 
-def _wrong(tokens: np.ndarray, tokenizer, template: Template) -> tuple[str, np.ndarray]:
-    """("" or what is wrong with a document, its loss mask)."""
-    nothing = np.zeros(len(tokens), dtype=bool)
-    try:
-        check_ids(tokens, tokenizer, "")
-    except DataError as error:
-        return error.what, nothing
-    text = b"".join(tokenizer.table[t] for t in tokens.tolist())
-    if not text.strip():
-        return "the document is empty", nothing
-    mask = loss_mask(tokens, tokenizer, template)
-    what = _out_of_order(text, template)
-    if not what and not mask[1:].any():
-        what = "nothing of it is trained: no turn is the model's"
-    return what, mask
+def _examined(documents: list[tuple[int, np.ndarray]], tokenizer, template: Template
+              ) -> tuple[list[Problem], np.ndarray]:
+    """(what is wrong with some documents, how many tokens of each are trained, int64 [n])."""
+    wrong = [unknown_ids(tokens, tokenizer) for _, tokens in documents]
+    known = [tokens[:0] if what else tokens for (_, tokens), what in zip(documents, wrong, strict=True)]
+    sizes, flat = np.array([len(tokens) for tokens in known]), np.concatenate(known)
+    begins = np.cumsum(sizes) - sizes
+    mask = loss_mask(flat, tokenizer, template, begins)
+    trained = sums(mask, begins, sizes)
+    mask[begins[sizes > 0]] = False     # a document's first token is no target
+    targets = sums(mask, begins, sizes)
+    for k, tokens in enumerate(known):
+        text = tokenizer.bytes(tokens)
+        if not wrong[k] and not text.strip():
+            wrong[k], trained[k] = "the document is empty", 0
+        wrong[k] = wrong[k] or _out_of_order(text, template)
+        if not wrong[k] and not targets[k]:
+            wrong[k] = "nothing of it is trained: no turn is the model's"
+    return [Problem(number, what, _words(tokens, tokenizer))
+            for (number, tokens), what in zip(documents, wrong, strict=True) if what], trained
 
 
 def _out_of_order(text: bytes, template: Template) -> str:
     """What is wrong with the order of a written document's turns; "" for nothing."""
     if template.loose or not template.learnt:
         return ""
-    turns = [(turn[1].decode(), text[turn.end():]) for turn in template.markers.finditer(text)]
-    for (one, _), (two, rest) in itertools.pairwise(turns):
-        twice = one == two and not rest.startswith(b" <tool_response>")
-        if twice or two == "System:":
-            return f"turns are out of order: {two!r} behind {one!r}"
+    for one, two in itertools.pairwise(template.markers.finditer(text)):
+        twice = one[1] == two[1] and not text.startswith(b" <tool_response>", two.end())
+        if twice or two[1] == b"System:":
+            return f"turns are out of order: {two[1].decode()!r} behind {one[1].decode()!r}"
     return ""
 
 

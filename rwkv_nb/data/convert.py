@@ -78,7 +78,7 @@ def jsonl_to_binidx(path: str | Path, prefix: str | Path, tokenizer,
             first = part.offset
             file.seek(first)
             workers = workers or min(len(os.sched_getaffinity(0)), -(-(size - first) // block))
-            work = functools.partial(_encode, tokenizer=tokenizer.name if workers > 1 else tokenizer, data=data)
+            work = functools.partial(_encode, name=tokenizer.name, data=data)
             for encoded, offset in _in_order(_blocks(file, block), work, workers):
                 if isinstance(encoded, Problem):
                     raise_problem(encoded._replace(line=part.lines + encoded.line), path)
@@ -105,11 +105,10 @@ def _blocks(file: BinaryIO, size: int) -> Iterator[tuple[bytes, int]]:
         yield text, file.tell()
 
 
-def _encode(text: bytes, tokenizer, data: DataSettings) -> Encoded | Problem:
-    """One block's documents, or its first problem, the line counted from the block's own first. Another process makes
-    its own tokenizer, by name: it cannot be sent there."""
-    encode = (_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer).encode
-    tokens, sizes = [], []
+def _encode(text: bytes, name: str, data: DataSettings) -> Encoded | Problem:
+    """One block's documents, or its first problem, the line counted from the block's own first. The tokenizer comes by
+    name: it cannot be sent to another process."""
+    encode, tokens, sizes = get_tokenizer(name).encode, [], []
     for found in scan_lines(io.BytesIO(text), row_writer(data)):
         if isinstance(found, Problem):
             return found
@@ -117,11 +116,6 @@ def _encode(text: bytes, tokenizer, data: DataSettings) -> Encoded | Problem:
         tokens.append(ids.tobytes())
         sizes.append(len(ids))
     return Encoded(b"".join(tokens), np.array(sizes, dtype="<i4").tobytes(), text.count(b"\n"))
-
-
-@functools.cache
-def _tokenizer(name: str):
-    return get_tokenizer(name)
 
 
 def _in_order(blocks: Iterator[tuple[bytes, int]], work: Callable, workers: int) -> Iterator[tuple]:

@@ -4,7 +4,6 @@ around it."""
 import codecs
 import contextlib
 import csv
-import io
 import itertools
 import json
 import re
@@ -20,7 +19,7 @@ from ..extras import extra
 from .chat import get_template, row_text
 
 DEFAULTS = DataSettings()
-BATCH = 512  # documents given to the tokenizer at once
+BATCH = 1 << 20  # characters given to the tokenizer at once
 TABLES = (".json", ".jsonl", ".csv", ".parquet")
 FIX = "check_data (notebook 01), or rwkv-nb check-data, lists every problem at once"
 
@@ -55,13 +54,20 @@ def good(found: Found, path: str | Path) -> Iterator[tuple[int, Any]]:
 
 def encode(found: Found, tokenizer) -> Iterator[tuple[int, np.ndarray] | Problem]:
     """(line, tokens uint16 [T] with a 0 at the end) of each document, in order; problems as they are."""
-    while batch := list(itertools.islice(found, BATCH)):
-        encoded = iter(tokenizer.encode_batch([one[1] for one in batch if not isinstance(one, Problem)]))
-        for one in batch:
-            if isinstance(one, Problem):
-                yield one
-            else:
-                yield one[0], np.array([*next(encoded), 0], np.uint16)
+    for batch in _batches(found):
+        documents = iter(tokenizer.documents([one[1] for one in batch if not isinstance(one, Problem)]))
+        yield from (one if isinstance(one, Problem) else (one[0], next(documents)) for one in batch)
+
+
+def _batches(found: Found) -> Iterator[list]:
+    batch, size = [], 0
+    for one in found:
+        batch.append(one)
+        size += len(one[1])
+        if size > BATCH:
+            yield batch
+            batch, size = [], 0
+    yield batch
 
 
 def row_writer(data: DataSettings) -> Callable[[object], str]:
@@ -209,25 +215,31 @@ def _text(path: Path, encoding: str = "utf-8") -> str | Problem:
         return undecodable(data, error.start, encoding)
 
 
+class _Unreadable(Exception):
+    """A problem of a whole file: it counts whatever rows of it are asked for."""
+
+
 def scan_table(path: Path, data: DataSettings) -> Found:
     """Rows of a .json, .jsonl, .csv or .parquet file, of such a file named after the split in a folder, or of a data
     set by its name, which the `datasets` package loads (from the mirror that HF_ENDPOINT names, where it is set)."""
     name, start, stop = parse_split(data.sft_split)
-    write = row_writer(data)
     if path.is_dir():
         path = next((path / (name + suffix) for suffix in TABLES if (path / (name + suffix)).is_file()), path)
-    if path.suffix.lower() == ".jsonl" and path.is_file():
-        found = list(scan_jsonl(path, write))
-    else:
-        rows = _rows(path, data.sft_split)
-        if isinstance(rows, Problem):
-            yield rows
-            return
-        found = [_written(number, row, write) for number, row in rows]
-    # A data set by its name is sliced already; a problem of the whole file (line 0) stays whatever the slice.
-    if path.is_file() and found and found[0][0]:
-        found = found[_bound(start, len(found)):_bound(stop, len(found))]
-    yield from found or [Problem(0, f"no row is left of {data.sft_split}")]
+    try:
+        found = _scan_rows(path, data)
+        if path.is_file():      # a data set by its name is sliced already
+            n = sum(1 for _ in _scan_rows(path, data)) if "%" in start + stop else 0
+            found = itertools.islice(found, _bound(start, n), _bound(stop, n))
+        yield next(found, Problem(0, f"no row is left of {data.sft_split}"))
+        yield from found
+    except _Unreadable as error:
+        yield error.args[0]
+    except json.JSONDecodeError as error:
+        yield Problem(error.lineno, f"this is not JSON: {error.msg}, column {error.colno}; where each line is a row, "
+                      "rename it to .jsonl")
+    except (OSError, ValueError, csv.Error, RecursionError) as error:
+        raise DataError(f"it cannot be read as {path.suffix.lower() or 'a data set'}: {error}", where=path,
+                        fix="check the file, and sft_split; a data set by name needs a connection") from error
 
 
 def parse_split(split: str) -> tuple[str, str, str]:
@@ -245,35 +257,47 @@ def _bound(text: str, n: int) -> int | None:
     return int(text) if text else None
 
 
-def _written(number: int, row, write) -> tuple[int, str] | Problem:
-    try:
-        return number, write(row)
-    except DataError as error:
-        return Problem(number, error.what, around(repr(row).encode(), 0))
+def _scan_rows(path: Path, data: DataSettings) -> Found:
+    """Each row's text or problem, as they are read, with a number: of a .jsonl its line, of a .csv the line that the
+    row ends in, of others its place, from 1."""
+    kind, write = path.suffix.lower(), row_writer(data)
+    if kind == ".jsonl" and path.is_file():
+        for one in scan_jsonl(path, write):
+            if not one[0]:
+                raise _Unreadable(one)
+            yield one
+        return
+    if kind == ".parquet":
+        parts = extra("pyarrow.parquet", "datasets").ParquetFile(path).iter_batches(1000)
+        rows = enumerate((row for part in parts for row in part.to_pylist()), 1)
+    elif kind in (".csv", ".json"):
+        rows = _csv_rows(path) if kind == ".csv" else enumerate(_json_rows(path), 1)
+    else:
+        rows = enumerate(extra("datasets", "datasets").load_dataset(str(path), split=data.sft_split), 1)
+    for number, row in rows:
+        try:
+            yield number, write(row)
+        except DataError as error:
+            yield Problem(number, error.what, around(repr(row).encode(), 0))
 
 
-def _rows(path: Path, split: str) -> Iterable[tuple[int, Any]] | Problem:
-    """(number, row): of a .csv the line that the row ends in, of others the row's place, from 1."""
-    kind = path.suffix.lower()
+def _csv_rows(path: Path) -> Iterator[tuple[int, dict]]:
+    csv.field_size_limit(max(csv.field_size_limit(), path.stat().st_size))  # of itself it ends at 131,072 characters
     try:
-        if kind == ".parquet":
-            return enumerate(extra("pyarrow.parquet", "datasets").read_table(path).to_pylist(), 1)
-        if kind not in (".csv", ".json"):
-            return enumerate(extra("datasets", "datasets").load_dataset(str(path), split=split), 1)
-        text = _text(path)
-        if isinstance(text, Problem):
-            return text
-        if kind == ".csv":
-            csv.field_size_limit(max(csv.field_size_limit(), len(text)))    # of itself it ends at 131,072 characters
-            reader = csv.DictReader(io.StringIO(text, newline=""))
-            return [(reader.line_num, row) for row in reader]
-        rows = json.loads(text)
-        if isinstance(rows, dict):
-            rows = rows.get("data")
-        return enumerate(rows, 1) if isinstance(rows, list) else Problem(0, "it is no list of rows")
-    except json.JSONDecodeError as error:
-        return Problem(error.lineno, f"this is not JSON: {error.msg}, column {error.colno}; where each line is a row, "
-                       "rename it to .jsonl")
-    except (OSError, ValueError, csv.Error, RecursionError) as error:
-        raise DataError(f"it cannot be read as {kind or 'a data set'}: {error}", where=path,
-                        fix="check the file, and sft_split; a data set by name needs a connection") from error
+        with _readable(path), open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            yield from ((reader.line_num, row) for row in reader)
+    except UnicodeDecodeError as error:
+        raise _Unreadable(_text(path)) from error
+
+
+def _json_rows(path: Path) -> list:
+    text = _text(path)
+    if isinstance(text, Problem):
+        raise _Unreadable(text)
+    rows = json.loads(text)
+    if isinstance(rows, dict):
+        rows = rows.get("data")
+    if not isinstance(rows, list):
+        raise _Unreadable(Problem(0, "it is no list of rows"))
+    return rows

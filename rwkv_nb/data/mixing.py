@@ -3,6 +3,7 @@
 Only indices are made; the documents stay where they are.
 """
 
+import zlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,6 +18,8 @@ class Selection(Sequence):
         self._sources, self._index = sources, index
         self._starts = np.cumsum([0, *(len(source) for source in sources)])[:-1]
         self.sizes = np.concatenate([source.sizes for source in sources])[index]
+        self.trained = np.concatenate([source.trained for source in sources])[index]
+        self.checksum = zlib.crc32(index, zlib.crc32(repr([source.checksum for source in sources]).encode()))
         self.source = " + ".join(source.source for source in sources)
         self.notices = [told for source in sources for told in source.notices]
         if notice:
@@ -26,9 +29,13 @@ class Selection(Sequence):
         return len(self._index)
 
     def __getitem__(self, i: int):
-        place = int(self._index[range(len(self))[i]])
+        return self.piece(range(len(self))[i], 0, None)
+
+    def piece(self, i: int, start: int, stop: int | None):
+        """Tokens start:stop of document i."""
+        place = int(self._index[i])
         which = int(np.searchsorted(self._starts, place, side="right")) - 1
-        return self._sources[which][place - int(self._starts[which])]
+        return self._sources[which].piece(place - int(self._starts[which]), start, stop)
 
 
 def split(documents: Sequence, share: float, seed: int) -> tuple[Sequence, Sequence]:

@@ -1,8 +1,11 @@
 """From a data file of any type to documents: tokens and, from the template, which of them are trained."""
 
+import array
 import dataclasses
+import itertools
 import os
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,8 +13,8 @@ import numpy as np
 
 from ..config import DataSettings
 from ..errors import DataError, did_you_mean
-from .binidx import BinIdx, Slices, check_ids
-from .chat import Template, loss_mask, mask_template
+from .binidx import BinIdx, Slices, unknown_ids
+from .chat import loss_mask, mask_template
 from .jsonl import DEFAULTS, Found, encode, good, row_writer, scan_jsonl, scan_table, scan_text
 from .mixing import Selection, mixed, repeated, split
 
@@ -19,6 +22,7 @@ TEXT = ("jsonl", "sft", "utf-8", "utf-16le")  # types of text; the others are to
 KINDS = {  # what a file of each suffix may hold, what auto takes first
     ".jsonl": ("jsonl", "sft"), ".json": ("sft", "jsonl"), ".csv": ("sft",), ".parquet": ("sft",), ".npy": ("numpy",),
     ".txt": ("utf-8", "utf-16le"), ".md": ("utf-8",), ".bin": ("binidx", "uint16"), ".idx": ("binidx",)}
+BLOCK = 1 << 18  # tokens that are looked at together
 DUMMY = 1000  # documents of a dummy source
 SAVE = "save the ids as uint16, with numpy.save or array.tofile"
 
@@ -41,37 +45,48 @@ class DataFile(NamedTuple):
 class Documents(Sequence):
     """All documents of a source: len(), [i] → Document. Tokens may be memory-mapped; masks are kept as bits.
 
-    `sizes` int64 [n] is the length of each in tokens; `notices` says what a person should know before training.
+    sizes, trained: int64 [n], tokens of each document, and how many of them are trained
+    checksum: of all tokens and masks; notices: what a person should know before training
     """
 
-    def __init__(self, tokens: Sequence[np.ndarray], tokenizer, template: Template, source: str, notice: str = ""):
-        self._tokens, self.source = tokens, source
-        self.sizes = np.array([len(t) for t in tokens], dtype=np.int64)
-        self.notices = [notice] if notice else []
-        whole, bits = 0, bytearray()
-        for number, document in enumerate(tokens, 1):
-            check_ids(document, tokenizer, f"{source}: document {number}")
-            if template.learnt:
-                mask = loss_mask(document, tokenizer, template)
-                whole += bool(mask.all())
-                bits += np.packbits(mask).tobytes()
-        # Bits of all documents in one array, each document's from a byte of its own; None: everything is trained.
-        self._bits = np.frombuffer(bits, np.uint8) if template.learnt else None
-        self._first = np.concatenate([[0], np.cumsum(-(-self.sizes // 8))])
-        if whole:
-            markers = ", ".join(template.given + template.learnt)
-            self.notices.append(f"{whole} of {len(self)} documents are trained whole: they have no marker ({markers})")
+    def __init__(self, tokens: Slices, mask: Callable[[np.ndarray, np.ndarray, int], np.ndarray],
+                 source: str = "documents"):
+        """mask: (tokens [T] of some documents, where in them each begins, the first one's index) → bool [T], which are
+        trained"""
+        self._tokens, self.source, self.notices = tokens, source, []
+        self.sizes = np.asarray(tokens.sizes, np.int64)
+        self.trained, self._at = np.zeros_like(self.sizes), np.zeros_like(self.sizes)
+        self.checksum, bits = 0, bytearray()
+        firsts = np.unique(np.cumsum(self.sizes) // BLOCK, return_index=True)[1].tolist()
+        for i, j in itertools.pairwise([*firsts, len(self)]):
+            flat = np.concatenate([tokens[k] for k in range(i, j)])
+            begins = np.cumsum(self.sizes[i:j]) - self.sizes[i:j]
+            trained = mask(flat, begins, i)
+            packed = np.packbits(trained)
+            self.trained[i:j] = sums(trained, begins, self.sizes[i:j])
+            self.checksum = zlib.crc32(packed, zlib.crc32(flat.astype(np.uint16, copy=False), self.checksum))
+            self._at[i:j] = 8 * len(bits) + begins    # the place of a document's first bit
+            bits += packed.tobytes()
+        self._bits = np.array(bits, np.uint8)
 
     def __len__(self) -> int:
         return len(self.sizes)
 
     def __getitem__(self, i: int) -> Document:
-        i = range(len(self))[i]
-        tokens = self._tokens[i].astype(np.uint16, copy=False)
-        if self._bits is None:
-            return Document(tokens, np.ones(len(tokens), dtype=bool))
-        bits = self._bits[self._first[i]:self._first[i + 1]]
-        return Document(tokens, np.unpackbits(bits, count=len(tokens)).view(bool))
+        return self.piece(range(len(self))[i], 0, None)
+
+    def piece(self, i: int, start: int, stop: int | None) -> Document:
+        """Tokens start:stop of document i."""
+        tokens = self._tokens[i][start:stop].astype(np.uint16, copy=False)
+        first, skip = divmod(int(self._at[i]) + start, 8)
+        bits = np.unpackbits(self._bits[first:first + (skip + len(tokens) + 7) // 8], count=skip + len(tokens))
+        return Document(tokens, bits[skip:].view(bool))
+
+
+def sums(values: np.ndarray, begins: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Of bools [T], which documents of these sizes have in a row, each document's sum: int64 [n]."""
+    each = np.add.reduceat(np.append(values, False), begins, dtype=np.int64)
+    return each * (sizes > 0)   # of an empty document it is the next value
 
 
 def open_documents(data: DataSettings, tokenizer) -> Documents | Selection:
@@ -99,11 +114,27 @@ def open_split(data: DataSettings, tokenizer, eval_file: str = ""
 
 def _open(data: DataSettings, tokenizer) -> Documents:
     found = find_data_file(data.data_file, data.data_type)
-    template = mask_template(data)
-    return Documents(open_tokens(found, data, tokenizer), tokenizer, template, str(found.path), found.notice)
+    template, tokens = mask_template(data), open_tokens(found, data, tokenizer)
+
+    def mask(flat: np.ndarray, begins: np.ndarray, first: int) -> np.ndarray:
+        some = np.split(flat, begins[1:]) if unknown_ids(flat, tokenizer) else ()
+        for number, document in enumerate(some, first + 1):
+            if what := unknown_ids(document, tokenizer):
+                raise DataError(what, where=f"{found.path}: document {number}",
+                                fix="use the tokenizer that it was made with, or make it again from its jsonl")
+        return loss_mask(flat, tokenizer, template, begins)
+
+    documents = Documents(tokens, mask, str(found.path))
+    if found.notice:
+        documents.notices.append(found.notice)
+    if template.learnt and (whole := int((documents.trained == documents.sizes).sum())):
+        markers = ", ".join(template.given + template.learnt)
+        documents.notices.append(f"{whole} of {len(documents)} documents are trained whole: they have no marker "
+                                 f"({markers})")
+    return documents
 
 
-def open_tokens(found: DataFile, data: DataSettings, tokenizer) -> Sequence[np.ndarray]:
+def open_tokens(found: DataFile, data: DataSettings, tokenizer) -> Slices:
     """Tokens of each document of a data file."""
     if found.data_type == "binidx":
         return BinIdx(found.path)
@@ -111,12 +142,14 @@ def open_tokens(found: DataFile, data: DataSettings, tokenizer) -> Sequence[np.n
         return read_array(found.path, found.data_type)
     if found.data_type == "dummy":
         rng = np.random.default_rng(data.data_seed)
-        return rng.integers(1, tokenizer.vocab_size, (DUMMY, data.ctx_len + 1), dtype=np.uint16)
-    tokens, sizes = bytearray(), []     # in one piece: an array for each document takes more than its tokens
+        return _cut(rng.integers(1, tokenizer.vocab_size, (DUMMY, data.ctx_len + 1), dtype=np.uint16))
+    # in one piece each: an array for each document, or a number of Python's, takes more than its tokens
+    tokens, sizes = bytearray(), array.array("q")
     for _, document in good(encode(scan(found, data), tokenizer), found.path):
-        tokens += document.tobytes()
+        tokens.extend(document.data)
         sizes.append(len(document))
-    return Slices(np.frombuffer(tokens, np.uint16), np.cumsum(sizes) - sizes, np.array(sizes))
+    sizes = np.frombuffer(sizes, np.int64)
+    return Slices(np.frombuffer(tokens, np.uint16), np.cumsum(sizes) - sizes, sizes)
 
 
 def scan(found: DataFile, data: DataSettings) -> Found:
@@ -138,8 +171,7 @@ def read_jsonl(path: str | Path, data: DataSettings = DEFAULTS) -> Iterator[tupl
 
 
 def read_array(path: Path, data_type: str) -> Slices:
-    """Documents of token ids in a .npy file or of raw uint16: one row, cut behind its 0s, or a row each; of the 0s that
-    pad a row, the first closes it and the others are left out."""
+    """Documents of token ids in a .npy file or of raw uint16: one row, cut behind its 0s, or a row each."""
     try:
         if data_type == "numpy":
             tokens = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -150,6 +182,12 @@ def read_array(path: Path, data_type: str) -> Slices:
     if tokens.dtype.kind not in "iu" or tokens.ndim not in (1, 2) or not tokens.size:
         raise DataError(f"it holds {tokens.dtype} {list(tokens.shape)}; token ids are whole numbers, [T] or [n,T]",
                         where=path, fix=SAVE)
+    return _cut(tokens)
+
+
+def _cut(tokens: np.ndarray) -> Slices:
+    """Documents of ids [T], cut behind their 0s, or [n,T], a row each: of the 0s that pad it, the first closes it and
+    the others are left out."""
     if tokens.ndim == 2:
         n, width = tokens.shape
         used = (width - (tokens[:, ::-1] != 0).argmax(1)) * tokens.any(1)

@@ -43,7 +43,7 @@ def read_foreign(path: Path, lora_alpha: float | None = None) -> Adapter:
                            fix="a complete (merged) model is not an adapter: use it as it is" if "emb.weight" in raw
                            else "use an adapter's file")
     ranks = {t.shape[0] for key, t in tensors.items() if key.endswith(".lora_A") and t.dim() == 2}
-    if len(ranks) != 1:
+    if len(ranks) != 1 or 0 in ranks:
         raise AdapterError(f"its ranks are {sorted(ranks)}; one rank for all layers is read", where=path,
                            fix="merge it with the program that wrote it")
     r = ranks.pop()

@@ -40,11 +40,19 @@ class Proof:
     logit_effect: float          # largest logit difference, base against base with adapter
     logit_difference: float      # largest logit difference, base with adapter against merged file
     quant: str                   # how the base was held when the adapter was trained: "none", "int8" or "nf4"
-    tolerance: float             # what counts as rounding; more means that the file's dtype swallowed the adapter
+    tolerance: float             # what counts as the same
 
     @property
     def ok(self) -> bool:
+        """The file computes what base and adapter do."""
         return self.same_keys and self.others_untouched and self.logit_difference <= self.tolerance
+
+    @property
+    def rounded(self) -> bool:
+        """The file is sound, but its dtype too coarse for so small a change: nothing failed, and a person should know.
+        Rounding takes away what the adapter does, or a part; a larger difference has another cause."""
+        return (self.same_keys and self.others_untouched and self.dtype != "float32"
+                and self.tolerance < self.logit_difference <= self.logit_effect + self.tolerance)
 
     def __str__(self) -> str:
         lines = [f"merged {self.merged_layers} layers into {self.path} ({self.dtype})"]
@@ -53,7 +61,8 @@ class Proof:
         if self.quant != "none":
             lines.append(f"  trained on a base in {self.quant}, merged into the original: it may score a little lower, "
                          "judge it")
-        rounded = self.same_keys and self.others_untouched and not self.ok and self.dtype == "bfloat16"
+        lost = min(self.logit_difference / max(self.logit_effect, 1e-30), 1)
+        finer = "fp16 or fp32" if self.dtype == "bfloat16" else "fp32"
         return "\n".join([
             *lines,
             f"  reloads, with the base's keys, order and shapes: {self.same_keys}",
@@ -64,7 +73,9 @@ class Proof:
             f"  largest logit difference, adapter against merged: {self.logit_difference:.2g} "
             f"(allowed: {self.tolerance:.2g})",
             f"  merged == adapter: {self.ok}",
-            *["  → bfloat16 rounds too much of the adapter away: set dtype to fp16, which is finer"] * rounded])
+            *[f"  warning: the file is sound, but {self.dtype} is too coarse for so small a change: {lost:.0%} of what "
+              f"the adapter does is rounded away\n  → set dtype to {finer}, train longer, or raise the strength"
+              ] * self.rounded])
 
 
 def merge(base_path: str | Path, adapter_path: str | Path | Sequence[str | Path], out_path: str | Path, *,

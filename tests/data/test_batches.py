@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from token_files import source_of
 
 from rwkv_nb.data.batches import Batches
 from rwkv_nb.data.sources import Document
@@ -46,7 +47,7 @@ options = dict(
 
 def batches_of(documents, **kwargs):
     try:
-        return Batches(documents, **kwargs)
+        return Batches(source_of(documents), **kwargs)
     except DataError:  # nothing is trained in these documents
         assert not any(d.mask[1:].any() for d in documents)
 
@@ -84,7 +85,7 @@ def test_resume_at_any_step_gives_identical_batches(sizes, epoch_steps, cut, **k
         batches.next_step()
     state = batches.state()
     assert all(type(value) is int for value in state.values())
-    again = Batches(documents, epoch_steps=epoch_steps, **kwargs)
+    again = Batches(source_of(documents), epoch_steps=epoch_steps, **kwargs)
     again.load(state)
     for _ in range(6):
         assert same(batches.next_step(), again.next_step())
@@ -113,7 +114,7 @@ def first_tokens(batches, steps):
 
 def test_the_order_is_seeded_and_new_each_epoch():
     kwargs = dict(ctx_len=8, micro_bsz=1, accumulate=1)
-    make = lambda seed: Batches(make_documents([5] * 40, share=1), seed=seed, **kwargs)  # noqa: E731
+    make = lambda seed: Batches(source_of(make_documents([5] * 40, share=1)), seed=seed, **kwargs)  # noqa: E731
     a, b, c = make(1), make(1), make(2)
     epoch_1, epoch_2 = first_tokens(a, 40), first_tokens(a, 40)
     assert epoch_1 == first_tokens(b, 40) != first_tokens(c, 40)
@@ -124,7 +125,7 @@ def test_the_order_is_seeded_and_new_each_epoch():
 
 def test_long_documents_are_split_with_one_token_of_overlap():
     (document,) = documents = make_documents([11], share=1)
-    batches = Batches(documents, ctx_len=4, micro_bsz=3, accumulate=1, seed=0)
+    batches = Batches(source_of(documents), ctx_len=4, micro_bsz=3, accumulate=1, seed=0)
     assert batches.items.tolist() == [[0, 0, 5], [0, 4, 9], [0, 8, 11]]
     (batch,) = batches.next_step()
     assert sorted(batch.inputs.tolist()) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 0, 0]]
@@ -134,7 +135,7 @@ def test_long_documents_are_split_with_one_token_of_overlap():
 
 
 def test_padding_is_no_longer_than_the_batch_needs():
-    batches = Batches(make_documents([3, 40] * 16, share=1), ctx_len=64, micro_bsz=16, accumulate=2, seed=0)
+    batches = Batches(source_of(make_documents([3, 40] * 16, share=1)), ctx_len=64, micro_bsz=16, accumulate=2, seed=0)
     short, long = sorted(batches.next_step(), key=lambda b: b.inputs.shape[1])
     assert short.inputs.shape == (16, 2) and long.inputs.shape == (16, 39)
 
@@ -142,7 +143,7 @@ def test_padding_is_no_longer_than_the_batch_needs():
 @pytest.mark.parametrize("change", ["tokens", "mask", "fewer", "seed", "ctx_len"])
 def test_a_state_of_other_data_is_refused(change):
     kwargs = dict(ctx_len=8, micro_bsz=2, accumulate=1, seed=0)
-    state = Batches(make_documents([20, 20, 20], share=1), **kwargs).state()
+    state = Batches(source_of(make_documents([20, 20, 20], share=1)), **kwargs).state()
     documents = make_documents([20, 20, 20], share=1)
     if change == "tokens":
         documents[1].tokens[3] += 1
@@ -153,19 +154,20 @@ def test_a_state_of_other_data_is_refused(change):
     if change in kwargs:
         kwargs[change] += 1
     with pytest.raises(DataError, match="began with other data"):
-        Batches(documents, **kwargs).load(state)
+        Batches(source_of(documents), **kwargs).load(state)
 
 
 def test_what_is_less_than_asked_is_said():
-    few = Batches(make_documents([5, 5], share=1), ctx_len=64, micro_bsz=2, accumulate=2, seed=0).notices()
+    few = Batches(source_of(make_documents([5, 5], share=1)), ctx_len=64, micro_bsz=2, accumulate=2, seed=0).notices()
     assert any("5 tokens: a ctx_len of 64" in n for n in few)
     assert any("takes 4 pieces, the data has 2" in n for n in few)
-    part = Batches(make_documents([5] * 10, share=1), ctx_len=4, micro_bsz=1, accumulate=1, seed=0, epoch_steps=4)
+    ten = source_of(make_documents([5] * 10, share=1))
+    part = Batches(ten, ctx_len=4, micro_bsz=1, accumulate=1, seed=0, epoch_steps=4)
     assert part.notices() == ["an epoch is 4 steps, 0.40 times through the data; the next epoch goes on from there"]
-    whole = Batches(make_documents([5] * 10, share=1), ctx_len=4, micro_bsz=1, accumulate=1, seed=0)
+    whole = Batches(ten, ctx_len=4, micro_bsz=1, accumulate=1, seed=0)
     assert whole.notices() == []
 
 
 def test_nothing_to_train_is_an_error():
     with pytest.raises(DataError, match="nothing in the data is trained"):
-        Batches(make_documents([5, 1, 0], share=0), ctx_len=4, micro_bsz=1, accumulate=1, seed=0)
+        Batches(source_of(make_documents([5, 1, 0], share=0)), ctx_len=4, micro_bsz=1, accumulate=1, seed=0)

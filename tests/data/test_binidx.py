@@ -71,9 +71,9 @@ def put(offset, value):
 DAMAGE = {
     "no idx": ("a.idx", "missing", lambda f: (f / "a.idx").unlink()),
     "no bin": ("a.bin", "missing", lambda f: (f / "a.bin").unlink()),
-    "empty idx": ("a.idx", "empty", lambda f: (f / "a.idx").write_bytes(b"")),
-    "empty bin": ("a.bin", "empty", lambda f: (f / "a.bin").write_bytes(b"")),
-    "bad magic": ("a.idx", "first bytes", put(0, b"PK")),
+    "empty idx": ("a.idx", "it is empty", lambda f: (f / "a.idx").write_bytes(b"")),
+    "empty bin": ("a.bin", "it holds 0 bytes", lambda f: (f / "a.bin").write_bytes(b"")),
+    "bad magic": ("a.idx", "begins otherwise", put(0, b"PK")),
     "cut in header": ("a.idx", "cut off", damage_idx(lambda d: d[:20])),
     "cut in sizes": ("a.idx", "cut off", damage_idx(lambda d: d[:-1])),
     "version 2": ("a.idx", "version 2", put(9, b"\2")),

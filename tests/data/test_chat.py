@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkv_nb.data.chat import TEMPLATES, loss_mask, prompt
+from rwkv_nb.config import DataSettings
+from rwkv_nb.data.chat import TEMPLATES, loss_mask, mask_template, prompt
 from rwkv_nb.errors import SettingsError
 from rwkv_nb.tokenizer import ByteTokenizer, WorldTokenizer
 
@@ -73,6 +74,18 @@ def test_any_conversation(turns, tokenizer):
     mask = loss_mask(tokens, tokenizer)
     assert mask[-1] and not mask[0]
     assert prompt(turns[0][0]) == "User: " + turns[0][0].strip() + "\n\nAssistant:"
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.lists(st.sampled_from([*map(BYTE.encode, ("User:", "Assistant:", "\n\n", "\r\n", "a", "好")), [0]]),
+                         max_size=8), min_size=1, max_size=8), st.sampled_from(["chat", "qa"]))
+def test_many_in_a_row_are_masked_as_each_alone(documents, template):
+    """Empty ones too, and those that no 0 closes."""
+    template = mask_template(DataSettings(loss_mask=template)) if template == "qa" else template
+    documents = [np.array(sum(parts, []), np.int64) for parts in documents]
+    begins = np.cumsum([0, *map(len, documents)])[:-1]
+    together = loss_mask(np.concatenate(documents), BYTE, template, begins)
+    assert together.tolist() == [bool(m) for document in documents for m in loss_mask(document, BYTE, template)]
 
 
 def test_prompt_keeps_to_one_turn():

@@ -31,6 +31,8 @@ def messages(*turns):
      "System: be kind\n\nUser: hi\nthere\n\nAssistant: yes\nsir"),
     (messages(("human", "a"), ("gpt", "b"), ("human", "c"), ("gpt", "d")), CHAT,
      "User: a\n\nAssistant: b\n\nUser: c\n\nAssistant: d"),
+    (messages(("developer", "be kind"), ("user", "a"), ("assistant", "b")), CHAT,
+     "System: be kind\n\nUser: a\n\nAssistant: b"),
     ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, CHAT,
      "User: a\n\nAssistant: b"),
     ({"instruction": "add", "input": "1 2", "output": "3"}, INSTRUCTION,

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_batches import batches_of, make_documents, options, same
+from token_files import source_of
 
 from rwkv_nb.data.batches import Batches
 
@@ -32,7 +33,7 @@ def test_pad_and_only_take_the_beginning_of_each_document(sizes, ctx_len, **kwar
     documents = make_documents(sizes)
     if not any(d.mask[1:ctx_len + 1].any() for d in documents):
         return
-    batches = Batches(documents, ctx_len=ctx_len, **kwargs)
+    batches = Batches(source_of(documents), ctx_len=ctx_len, **kwargs)
     got = epoch(batches)
     assert trained(got) == {(int(d.tokens[t - 1]), int(d.tokens[t])): 1 for d in documents
                             for t in range(1, min(len(d.tokens), ctx_len + 1)) if d.mask[t]}
@@ -65,7 +66,7 @@ def test_get_takes_slices_of_everything_in_a_row(sizes, ctx_len, seed):
     documents, total = make_documents(sizes, share=1), sum(sizes)
     if not any(size > 1 for size in sizes):
         return
-    batches = Batches(documents, ctx_len=ctx_len, micro_bsz=2, accumulate=2, seed=seed, dataload="get")
+    batches = Batches(source_of(documents), ctx_len=ctx_len, micro_bsz=2, accumulate=2, seed=seed, dataload="get")
     one, two = epoch(batches), epoch(batches)
     for inputs, targets, mask, _ in one + two:
         for x, y, m in zip(inputs, targets, mask, strict=True):
@@ -78,7 +79,7 @@ def test_get_takes_slices_of_everything_in_a_row(sizes, ctx_len, seed):
 def test_get_trains_what_stands_behind_ctx_len_too():
     (document,) = make_documents([30], share=1)
     document.mask[:20] = False
-    batches = Batches([document], ctx_len=4, micro_bsz=2, accumulate=2, seed=0, dataload="get")
+    batches = Batches(source_of([document]), ctx_len=4, micro_bsz=2, accumulate=2, seed=0, dataload="get")
     assert any(batch.mask.any() for batch in epoch(batches))
 
 
@@ -87,7 +88,7 @@ def test_get_trains_what_stands_behind_ctx_len_too():
 def test_resume_at_any_step(sizes, cut, **kwargs):
     if not any(d.mask[1:3].any() for d in make_documents(sizes)):
         return
-    batches, again = (Batches(make_documents(sizes), **kwargs) for _ in range(2))
+    batches, again = (Batches(source_of(make_documents(sizes)), **kwargs) for _ in range(2))
     for _ in range(cut):
         batches.next_step()
     again.load(batches.state())
@@ -103,8 +104,8 @@ def test_ranks_together_see_what_one_alone_does(sizes, accumulate, world_size, *
     documents = make_documents(sizes)
     if not any(d.mask[1:3].any() for d in documents):
         return
-    alone = Batches(documents, accumulate=accumulate * world_size, **kwargs)
-    ranks = [Batches(documents, accumulate=accumulate, rank=r, world_size=world_size, **kwargs)
+    alone = Batches(source_of(documents), accumulate=accumulate * world_size, **kwargs)
+    ranks = [Batches(source_of(documents), accumulate=accumulate, rank=r, world_size=world_size, **kwargs)
              for r in range(world_size)]
     for _ in range(alone.steps_per_epoch + 2):
         shares = [rank.next_step() for rank in ranks]
@@ -117,13 +118,14 @@ def test_ranks_together_see_what_one_alone_does(sizes, accumulate, world_size, *
 @pytest.mark.parametrize("dataload", LOADERS)
 def test_a_state_of_another_loader_is_refused(dataload):
     kwargs = dict(ctx_len=8, micro_bsz=2, accumulate=1, seed=0)
-    state = Batches(make_documents([20, 20]), dataload=dataload, **kwargs).state()
+    state = Batches(source_of(make_documents([20, 20])), dataload=dataload, **kwargs).state()
     for other in set(LOADERS) - {dataload}:
         with pytest.raises(Exception, match="began with other data"):
-            Batches(make_documents([20, 20]), dataload=other, **kwargs).load(state)
+            Batches(source_of(make_documents([20, 20])), dataload=other, **kwargs).load(state)
 
 
 def test_packing_fills_rows():
     sizes = np.random.default_rng(0).integers(5, 60, 500)
-    batches = Batches(make_documents(sizes, share=1), ctx_len=128, micro_bsz=4, accumulate=1, seed=0, dataload="pack")
+    documents = source_of(make_documents(sizes, share=1))
+    batches = Batches(documents, ctx_len=128, micro_bsz=4, accumulate=1, seed=0, dataload="pack")
     assert batches.steps_per_epoch * 4 * 128 < 1.35 * (sizes - 1).sum()

@@ -40,6 +40,22 @@ def test_jsonl_and_binidx_give_the_same_documents(data, tokenizer, template):
     assert (template == "chat") == any("1 of 3 documents are trained whole" in n for n in one.notices)
 
 
+@pytest.mark.parametrize("template", ["chat", "plain"])
+def test_documents_in_blocks_are_the_same(data, template, monkeypatch):
+    """Whole and in pieces, whatever number of documents is looked at together."""
+    settings = DataSettings(data_file=str(data), template=template)
+    whole = open_documents(settings, BYTE)
+    monkeypatch.setattr("rwkv_nb.data.sources.BLOCK", 30)
+    for one, two in zip(whole, open_documents(settings, BYTE), strict=True):
+        assert np.array_equal(one.tokens, two.tokens) and np.array_equal(one.mask, two.mask)
+    for i, one in enumerate(whole):
+        for start, stop in ((0, 5), (3, 11), (9, 10), (4, 10_000)):
+            piece = whole.piece(i, start, stop)
+            assert np.array_equal(piece.tokens, one.tokens[start:stop])
+            assert np.array_equal(piece.mask, one.mask[start:stop])
+    assert whole.trained.tolist() == [d.mask.sum() for d in whole]
+
+
 def test_a_name_without_suffix_finds_its_file(data):
     bare = data.with_suffix("")
     found = find_data_file(bare)

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_batches import make_documents
+from token_files import source_of
 
 from rwkv_nb.config import DataSettings
 from rwkv_nb.data.mixing import mixed, repeated, split
@@ -165,16 +167,19 @@ def test_repeats_and_a_second_source_by_weight(two_files):
 @settings(max_examples=100, deadline=None)
 @given(n=st.integers(1, 30), share=st.floats(0, 0.9), times=st.floats(0.05, 4), seed=st.integers(0, 9))
 def test_selections_by_construction(n, share, times, seed):
-    class Source(list):
-        sizes, source, notices = np.arange(1, n + 1), "x", []
+    def numbers(documents):     # document i has i + 1 tokens
+        assert documents.sizes.tolist() == [len(d.tokens) for d in documents]
+        assert documents.trained.tolist() == [d.mask.sum() for d in documents]
+        return [len(d.tokens) - 1 for d in documents]
 
-    source = Source(range(n))
+    source = source_of(make_documents(range(1, n + 1)))
     if round(share * n) < n:
         train, held = split(source, share, seed)
-        assert sorted([*train, *held]) == list(range(n)) and len(held) == round(share * n)
+        assert sorted(numbers(train) + numbers(held)) == list(range(n)) and len(held) == round(share * n)
     again = list(repeated(source, times, seed))
     assert len(again) == (int(times) * n + round(times % 1 * n) or 1)
     both = mixed(source, source, 0.5, seed)
-    assert list(both) == [*range(n), *range(n)] and both.sizes.tolist() == [i + 1 for i in both]
+    assert numbers(both) == [*range(n), *range(n)]
+    assert both.checksum != mixed(source, source_of(make_documents([n + 1])), 0.5, seed).checksum
     with pytest.raises(IndexError):
         both[2 * n]

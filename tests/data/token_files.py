@@ -2,7 +2,15 @@
 
 import numpy as np
 
-from rwkv_nb.data.binidx import pair, write_index
+from rwkv_nb.data.binidx import Slices, pair, write_index
+from rwkv_nb.data.sources import Documents
+
+
+def source_of(documents):
+    """A source of a list of documents, with their own masks."""
+    tokens, mask = (np.concatenate(part) for part in zip(*documents, strict=True))
+    sizes = np.array([len(document.tokens) for document in documents])
+    return Documents(Slices(tokens, np.cumsum(sizes) - sizes, sizes), lambda *_: mask)
 
 
 def write_binidx(prefix, documents):

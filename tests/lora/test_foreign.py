@@ -81,6 +81,10 @@ def test_alpha_is_required_where_the_file_lacks_it_and_only_there(lively, tmp_pa
     with pytest.raises(AdapterError, match="no LoRA in this file") as caught:
         merge(lively, lively, tmp_path / "out.pth", lora_alpha=24.0)
     assert "complete" in caught.value.fix and not (tmp_path / "out.pth").exists()
+    torch.save({"blocks.0.att.key.lora_A": torch.zeros(0, 64), "blocks.0.att.key.lora_B": torch.zeros(64, 0)},
+               tmp_path / "rank0.pth")
+    with pytest.raises(AdapterError, match=r"its ranks are \[0\]"):
+        merge(lively, tmp_path / "rank0.pth", tmp_path / "out.pth", lora_alpha=24.0)
 
 
 @pytest.mark.parametrize("form", ["saved by peft", "rank-stabilised", "one .pth"])

@@ -11,6 +11,7 @@ import torch
 from lora_files import LORA, TARGETS, make_adapter, make_base
 
 from rwkv_nb import config
+from rwkv_nb.cli import main
 from rwkv_nb.errors import AdapterError, CheckpointError, RunError, SettingsError
 from rwkv_nb.lora.layers import set_strength
 from rwkv_nb.lora.merge import merge
@@ -55,12 +56,25 @@ def test_half_precision_is_rounded_once_from_fp32(tmp_path, dtype):
     proof = merge(base, adapter, tmp_path / "merged.pth")
     merged = load_weights(proof.path)
     assert {v.dtype for v in merged.values()} == {dtype} and proof.ok
-    lost = str(dataclasses.replace(proof, logit_difference=2 * proof.tolerance))
-    assert "merged == adapter: False" in lost and ("set dtype to fp16" in lost) == (dtype == torch.bfloat16)
     key = model.blocks[1].ffn.key
     exact = key.weight + key.scale * key.lora_B @ key.lora_A
     half_a_step = 0.501 * torch.finfo(dtype).eps
     torch.testing.assert_close(merged["blocks.1.ffn.key.weight"].float(), exact.detach(), rtol=half_a_step, atol=1e-7)
+
+
+def test_what_rounding_takes_away_is_a_warning(tmp_path, capsys):
+    """As of an adapter that was trained for a few steps only."""
+    base = make_base(tmp_path / "base.pth", dtype=torch.bfloat16)
+    adapter, _ = make_adapter(tmp_path / "a.safetensors", base)
+    command = ["merge", "--load_model", str(base), "--adapter", str(adapter), "--output", str(tmp_path / "merged.pth"),
+               "--strength", "0.002"]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "merged == adapter: False" in said and re.search(r"\d+% of what the adapter does is rounded away", said)
+    assert "set dtype to fp16 or fp32, train longer" in said
+    assert main([*command, "--dtype", "fp32"]) == 0
+    said = capsys.readouterr().out
+    assert "merged == adapter: True" in said and "warning" not in said
 
 
 def test_a_proof_that_fails_says_so(lively, tmp_path):
@@ -69,7 +83,9 @@ def test_a_proof_that_fails_says_so(lively, tmp_path):
     for wrong in ({"logit_difference": proof.logit_effect}, {"logit_difference": float("nan")}, {"same_keys": False},
                   {"others_untouched": False}):
         failed = dataclasses.replace(proof, **wrong)
-        assert not failed.ok and "merged == adapter: False" in str(failed)
+        assert not failed.ok and not failed.rounded and "merged == adapter: False" in str(failed)
+    beyond = {"dtype": "bfloat16", "logit_difference": 3 * proof.logit_effect}    # more than rounding can take away
+    assert not dataclasses.replace(proof, **beyond).rounded
 
 
 def test_what_a_quantised_base_means_is_said(lively, tmp_path):

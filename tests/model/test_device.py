@@ -7,6 +7,7 @@ import dataclasses
 
 import pytest
 import torch
+from token_files import source_of
 from torch._subclasses import FakeTensorMode
 
 from rwkv_nb.config import LoraSettings
@@ -49,7 +50,8 @@ def test_everything_a_step_makes_is_on_the_models_device(version, op):
 def test_a_step_waits_for_no_number_of_the_device(dataload):
     documents = [Document(torch.arange(1, n).numpy().astype("uint16"), torch.ones(n - 1).bool().numpy())
                  for n in (9, 20, 14)]
-    batches = Batches(documents, ctx_len=16, micro_bsz=2, accumulate=2, seed=0, device="meta", dataload=dataload)
+    batches = Batches(source_of(documents), ctx_len=16, micro_bsz=2, accumulate=2, seed=0, device="meta",
+                      dataload=dataload)
     model, step = small("v7"), batches.next_step()
     n_trained = sum(int(batch.mask.sum()) for batch in step)
     for batch in step:
