@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Generator
 
 import ipywidgets as widgets
+from IPython import get_ipython
 
 from ..data.convert import Progress
 
@@ -16,6 +17,24 @@ def button(text: str, do: Callable[[], None], *, icon: str = "", tooltip: str = 
     made = widgets.Button(description=text, icon=icon, tooltip=tooltip, button_style=style, layout={"width": width})
     made.on_click(lambda _: do())
     return made
+
+
+def confirm_changes() -> None:
+    """Let every control of this notebook be moved again and again while a cell awaits something.
+
+    ipykernel 7.4 takes what a page says during such a cell, but does not tell it that it has: the page waits for that
+    before it says a second change of the same control, for good.
+    """
+    if hasattr(shell := get_ipython(), "kernel"):
+        shell.events.register("post_execute", _confirm)     # which comes after each message of a widget too
+
+
+def _confirm() -> None:
+    kernel = get_ipython().kernel
+    message = kernel.get_parent("shell")
+    if message["header"]["msg_type"] == "comm_msg":
+        for status in ("idle", "busy"):     # done with this; where no cell is running, the kernel says idle once more
+            kernel.session.send(kernel.iopub_socket, "status", {"execution_state": status}, parent=message)
 
 
 class Bar(widgets.HBox):
