@@ -36,8 +36,8 @@ class SettingsForm(widgets.VBox):
         made = self.inputs[field.name] = setting_input(field, value, self._language)
         made.observe(self._write, "value")
         unit = f" [{field.metadata['unit']}]" if field.metadata["unit"] and self._language == "en" else ""
-        text = field.metadata[self._language] + unit
-        return widgets.HBox([made, widgets.HTML(f'<span style="opacity:.75">{text}</span>')])
+        text = f'<div style="opacity:.75;line-height:1.3;padding:5px 0">{field.metadata[self._language]}{unit}</div>'
+        return widgets.HBox([made, widgets.HTML(text)])
 
     def __repr__(self) -> str:
         return f"SettingsForm({self._run.name})"
