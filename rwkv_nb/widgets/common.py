@@ -1,12 +1,14 @@
-"""What several widgets share: a button, a bar, and text that is shown while it is being written."""
+"""What several widgets share: a button, a bar, errors, and text that is shown while it is being written."""
 
+import contextlib
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 
 import ipywidgets as widgets
 from IPython import get_ipython
 
 from ..data.convert import Progress
+from .panel_html import error_html
 
 PAINT = 0.5     # seconds between two paints of text that is being written
 
@@ -17,6 +19,15 @@ def button(text: str, do: Callable[[], None], *, icon: str = "", tooltip: str = 
     made = widgets.Button(description=text, icon=icon, tooltip=tooltip, button_style=style, layout={"width": width})
     made.on_click(lambda _: do())
     return made
+
+
+@contextlib.contextmanager
+def errors_shown(place: widgets.HTML) -> Iterator[None]:
+    """What goes wrong inside is shown in `place`: nobody waits for what a button does."""
+    try:
+        yield
+    except Exception as error:
+        place.value = error_html(error)
 
 
 def confirm_changes() -> None:

@@ -16,9 +16,9 @@ from ..model import Shape, load_weights, read_shape
 from ..quant import bitsandbytes
 from ..runs import Run
 from ..words import bytes_text
-from .common import button
+from .common import button, errors_shown
 from .panel_form import SettingsForm
-from .panel_html import error_html, rows_html
+from .panel_html import rows_html
 from .plots import COLOURS, INK, stacked_bars
 
 _PART_COLOURS = {"weights": COLOURS[0], "LoRA": COLOURS[1], "gradients": COLOURS[4], "optimizer": COLOURS[3],
@@ -104,22 +104,20 @@ class MemoryBar(W.VBox):
         if self._setting:   # several at once: shown when the last is set
             return
         self._advise("counting …")      # a second or two; more beside a training
-        try:
+        advice, change = "", None
+        with errors_shown(self._bar):
             shape, settings, name, limit, gpu = self._read()
             told = memory.estimate(shape, settings, gpu=gpu)
             self._bar.value = bar_html(told, name, limit)
             t = settings.train
             if t.quant != "none" or t.quant_head or t.adam_state == "8bit":
                 bitsandbytes()
-            if told.total <= limit:
-                return self._advise("")
-            self._advise(f"{_NOT} looking for what would make it fit …")    # it takes a few seconds
-            change = fit.cheapest_change(shape, settings, limit, gpu=gpu)
-            self._advise(f"{_NOT} it fits with <code>{fit.words(change)}</code>&nbsp;" if change else
-                         f"{_NOT} no setting makes it fit: {fit.TOO_LARGE}", change)
-        except RwkvNbError as error:
-            self._bar.value = error_html(error)
-            self._advise("")
+            if told.total > limit:
+                self._advise(f"{_NOT} looking for what would make it fit …")    # it takes a few seconds
+                change = fit.cheapest_change(shape, settings, limit, gpu=gpu)
+                advice = f"{_NOT} " + (f"it fits with <code>{fit.words(change)}</code>&nbsp;" if change else
+                                       f"no setting makes it fit: {fit.TOO_LARGE}")
+        self._advise(advice, change)
 
     def _advise(self, text: str, offer: dict | None = None) -> None:
         self._advice.value, self._offer, self.apply.layout.display = text, offer, "" if offer else "none"

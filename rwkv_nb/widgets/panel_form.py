@@ -8,9 +8,8 @@ import ipywidgets as widgets
 
 from .. import config
 from ..config import Settings
-from ..errors import RwkvNbError
 from ..runs import Run, path_settings
-from .panel_html import error_html
+from .common import errors_shown
 
 FIELDS = ("r", "lora_alpha", "ctx_len", "micro_bsz", "epoch_count", "epoch_steps", "lr_init", "lr_final",
           "precision")
@@ -44,12 +43,10 @@ class SettingsForm(widgets.VBox):
 
     def _write(self, change) -> None:
         name = change.owner.description
-        try:
+        with errors_shown(self._message):
             words = isinstance(self._known[name].default, tuple)
             self._run.update(**{name: tuple(change.new.split()) if words else change.new})
             self._message.value = ""
-        except RwkvNbError as error:
-            self._message.value = error_html(error)
 
 
 def setting_input(field: Field, value, language: str = "en") -> widgets.Widget:

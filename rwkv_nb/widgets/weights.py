@@ -7,8 +7,7 @@ import ipywidgets as W
 
 from ..hub import KNOWN, find, get
 from ..words import bytes_text
-from .common import Bar, button
-from .panel_html import error_html
+from .common import Bar, button, errors_shown
 
 
 class BaseChooser(W.VBox):
@@ -41,10 +40,8 @@ class BaseChooser(W.VBox):
             self._thread.start()
 
     def _guarded(self, do) -> None:
-        try:
+        with errors_shown(self.said):
             do()
-        except Exception as error:  # shown: nobody waits for a button
-            self.said.value = error_html(error)
 
     def _size(self) -> None:
         found = find(self.name.value, endpoint=self._endpoint)
