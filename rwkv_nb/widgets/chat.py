@@ -77,10 +77,7 @@ class ChatPanel(W.VBox):
 
     def forget(self) -> None:
         """Begin a new talk."""
-        def begin(name: str, talk: Talk) -> None:
-            talk.state = None
-
-        self._between(begin, "a new talk")
+        self._between(lambda name, talk: setattr(talk, "state", None), "a new talk")
         self.texts = dict.fromkeys(self.texts, "")
         self._paint()
 

@@ -36,12 +36,8 @@ class BaseChooser(W.VBox):
 
     def _start(self, do) -> None:
         if not (self._thread and self._thread.is_alive()):
-            self._thread = threading.Thread(target=self._guarded, args=(do,), name="rwkv_nb get", daemon=True)
+            self._thread = threading.Thread(target=errors_shown(self.said)(do), name="rwkv_nb get", daemon=True)
             self._thread.start()
-
-    def _guarded(self, do) -> None:
-        with errors_shown(self.said):
-            do()
 
     def _size(self) -> None:
         found = find(self.name.value, endpoint=self._endpoint)
