@@ -117,7 +117,7 @@ class TrainSettings:
     vocab_size: int = option(0, "rows of the vocabulary; 0 takes load_model's, else it is checked against them",
                              "词表大小;0 为读取模型,填写时与模型核对", unit="tokens", low=0)
     micro_bsz: int = option(1, "documents worked on at once, on each device; raise it while memory lasts",
-                            "微批次大小,从 1 开始逐渐增大", low=1)
+                            "微批次大小,从 1 开始逐渐增大", low=1, high=65_536)
     epoch_count: int = option(1, "epochs to train", "总训练轮次", low=1)
     epoch_steps: int = option(0, "optimizer steps in an epoch; 0 means once through the data",
                               "每轮的优化步数;0 表示完整遍历一遍数据", unit="optimizer steps", low=0)

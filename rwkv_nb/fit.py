@@ -142,7 +142,7 @@ def largest_micro_bsz(shape: Shape, settings: Settings, limit: int, *, gpu: bool
     def over(B: int) -> int:
         return estimate(shape, config.replace(settings, micro_bsz=B), gpu=gpu).total - limit
 
-    fits, fails, B, seen = 0, 1025 if settings.data.dataload != "only" else 2, settings.train.micro_bsz, []
+    fits, fails, B, seen = 0, 1025 if settings.data.dataload != "only" else 2, 1, []
     while fails - fits > 1:
         B = min(max(B, fits + 1), fails - 1)
         seen = [*seen[-1:], (B, over(B))]

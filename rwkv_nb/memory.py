@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten
 
 from . import config
 from .config import LiveSettings, LoraSettings, Settings, TrainSettings
+from .errors import SettingsError
 from .lora.layers import adapter_parameters, attach, lora_layers, set_dropout_step
 from .loss import CHUNK, GPU_CHUNK, SLICE
 from .model import DTYPES, RWKV, Shape, State
@@ -97,7 +98,8 @@ class Estimate:
 
 def estimate(shape: Shape, settings: Settings, *, gpu: bool = True) -> Estimate:
     """The memory of a run on a base of this shape, on each GPU or (gpu=False) in a CPU's memory. Takes about a second,
-    and no time when asked again. Raises SettingsError as a run would for targets that fit nothing."""
+    and no time when asked again. Raises SettingsError as a run would for targets that fit nothing, and for a
+    micro-batch of more numbers than torch can count."""
     t, live = dataclasses.replace(settings.train, micro_bsz=rows(settings)), settings.train.live
     T = min(settings.data.ctx_len, t.chunk_ctx or settings.data.ctx_len)
     chunked, joined = T < settings.data.ctx_len, t.devices * t.num_nodes > 1
@@ -106,8 +108,14 @@ def estimate(shape: Shape, settings: Settings, *, gpu: bool = True) -> Estimate:
         **{name: getattr(t, name) for name in TRACED}, chunk_ctx=T * chunked,
         live=LiveSettings(accumulate_grad_batches=1 + accumulates, lora_dropout=live.lora_dropout))
     n = min(shape.n_layer, 4)  # from the fourth on, a block more brings the same to the peak, whatever moment that is
-    fewer, few = (_step(dataclasses.replace(shape, n_layer=max(m, 1), vocab_size=1), settings.lora, T, gpu, traced)
-                  for m in (n - 1, n))
+    try:
+        fewer, few = (_step(dataclasses.replace(shape, n_layer=max(m, 1), vocab_size=1), settings.lora, T, gpu, traced)
+                      for m in (n - 1, n))
+    except RuntimeError as error:
+        if "overflow" not in str(error):
+            raise
+        raise SettingsError(f"a micro-batch of {t.micro_bsz:,} × {T:,} tokens is more than torch can count",
+                            where="micro_bsz × ctx_len", fix="lower ctx_len or micro_bsz") from error
     each = {key: few[key] - fewer[key] for key in few}
     whole = {key: few[key] + (shape.n_layer - n) * each[key] for key in few}
     V, C, itemsize, trained = shape.vocab_size, shape.n_embd, DTYPES[t.precision].itemsize, whole["lora"]

@@ -11,8 +11,7 @@ import ipywidgets as W
 from ..lora.layers import strength
 from ..model import RWKV
 from ..talk import Talk
-from .common import button, write_live
-from .panel_html import error_html
+from .common import button, errors_shown, write_live
 
 SHOWN = 20_000  # characters of a talk that stay on the screen
 THINKING = {"as trained": "", "thinking": "g1", "no thinking": "g1_nothink"}
@@ -60,7 +59,7 @@ class ChatPanel(W.VBox):
         if self._thread and self._thread.is_alive():
             self.said.value = "still writing: Stop first"
             return
-        self._stop, how = False, {name: control.value for name, control in self.sampling.items()}
+        self.said.value, self._stop, how = "", False, {name: control.value for name, control in self.sampling.items()}
         template = THINKING[self.thinking.value] or self._template
         self._thread = threading.Thread(target=self._answer, args=(self.question.value, template, how), daemon=True,
                                         name="rwkv_nb chat")
@@ -78,10 +77,7 @@ class ChatPanel(W.VBox):
 
     def forget(self) -> None:
         """Begin a new talk."""
-        def begin(name: str, talk: Talk) -> None:
-            talk.state = None
-
-        self._between(begin, "a new talk")
+        self._between(lambda name, talk: setattr(talk, "state", None), "a new talk")
         self.texts = dict.fromkeys(self.texts, "")
         self._paint()
 
@@ -98,24 +94,18 @@ class ChatPanel(W.VBox):
 
     def _between(self, do, done: str) -> None:
         self.stop()
-        with self._lock:
-            try:
-                for name, (talk, _) in self._columns.items():
-                    do(name, talk)
-                self.said.value = done
-            except Exception as error:  # shown: nobody waits for a button
-                self.said.value = error_html(error)
+        with self._lock, errors_shown(self.said):
+            for name, (talk, _) in self._columns.items():
+                do(name, talk)
+            self.said.value = done
 
     def _answer(self, question: str, template: str, how: dict) -> None:
-        with self._lock:
+        with self._lock, errors_shown(self.said):
+            for name, (talk, value) in self._columns.items():
+                talk.template = template
+                with nullcontext() if value is None else strength(talk.model, value):
+                    self._write(name, talk.say(question, **how), question)
             self.said.value = ""
-            try:
-                for name, (talk, value) in self._columns.items():
-                    talk.template = template
-                    with nullcontext() if value is None else strength(talk.model, value):
-                        self._write(name, talk.say(question, **how), question)
-            except Exception as error:  # as above
-                self.said.value = error_html(error)
 
     def _write(self, name: str, pieces, question: str) -> None:
         before = (self.texts[name] + f"\n\n▸ {question.strip()}\n").lstrip()[-SHOWN:]
@@ -132,8 +122,9 @@ class ChatPanel(W.VBox):
         for name in [only] if only else self._views:
             self._views[name].value = (
                 f'<div style="line-height:1.5"><b>{escape(name)}</b> <span style="opacity:.6">{note}</span>'
-                f'<div style="white-space:pre-wrap;font-family:monospace;max-height:420px;overflow-y:auto">'
-                f'{escape(self.texts[name])}</div></div>')
+                # in a column from below, what is newest stays in sight
+                f'<div style="display:flex;flex-direction:column-reverse;max-height:420px;overflow-y:auto">'
+                f'<div style="white-space:pre-wrap;font-family:monospace">{escape(self.texts[name])}</div></div></div>')
 
 
 def _slider(low: float, high: float, step: float, value: float, tooltip: str) -> W.FloatSlider:

@@ -1,11 +1,14 @@
-"""What several widgets share: a button, a bar, and text that is shown while it is being written."""
+"""What several widgets share: a button, a bar, errors, and text that is shown while it is being written."""
 
+import contextlib
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 
 import ipywidgets as widgets
+from IPython import get_ipython
 
 from ..data.convert import Progress
+from .panel_html import error_html
 
 PAINT = 0.5     # seconds between two paints of text that is being written
 
@@ -16,6 +19,33 @@ def button(text: str, do: Callable[[], None], *, icon: str = "", tooltip: str = 
     made = widgets.Button(description=text, icon=icon, tooltip=tooltip, button_style=style, layout={"width": width})
     made.on_click(lambda _: do())
     return made
+
+
+@contextlib.contextmanager
+def errors_shown(place: widgets.HTML) -> Iterator[None]:
+    """What goes wrong inside is shown in `place`: nobody waits for what a button does."""
+    try:
+        yield
+    except Exception as error:
+        place.value = error_html(error)
+
+
+def confirm_changes() -> None:
+    """Let every control of this notebook be moved again and again while a cell awaits something.
+
+    ipykernel 7.4 takes what a page says during such a cell, but does not tell it that it has: the page waits for that
+    before it says a second change of the same control, for good.
+    """
+    if hasattr(shell := get_ipython(), "kernel"):
+        shell.events.register("post_execute", _confirm)     # which comes after each message of a widget too
+
+
+def _confirm() -> None:
+    kernel = get_ipython().kernel
+    message = kernel.get_parent("shell")
+    if message["header"]["msg_type"] == "comm_msg":
+        for status in ("idle", "busy"):     # done with this; where no cell is running, the kernel says idle once more
+            kernel.session.send(kernel.iopub_socket, "status", {"execution_state": status}, parent=message)
 
 
 class Bar(widgets.HBox):

@@ -59,7 +59,8 @@ class ComparePanel(W.VBox):
 
     def __init__(self, folder: str | Path, chosen: Iterable[str] = ()):
         self.folder = Path(folder)
-        self._choice = W.SelectMultiple(options=list(find_runs(folder)), layout=W.Layout(width="300px"))
+        self._choice = W.SelectMultiple(options=list(find_runs(folder)),
+                                      layout=W.Layout(width="220px", flex="0 0 auto"))
         self._choice.value = [name for name in chosen if name in self._choice.options]
         again = button("Read again", self._read_again, icon="refresh", tooltip="Look for new runs and new steps")
         self._table, self._picture = W.HTML(), W.Image(format="png", layout=W.Layout(max_width="960px"))

@@ -20,8 +20,8 @@ from ..data.sources import Document
 from .common import button
 from .plots import COLOURS, INK, plain, png
 
-_TRAINED = "background:rgba(0,158,115,.25);border-bottom:2px solid rgb(0,158,115)"
-_SHOWN = "background:rgba(128,128,128,.14);border-bottom:2px solid transparent"
+_OPEN = {True: '<span style="background:rgba(0,158,115,.25);border-bottom:2px solid rgb(0,158,115)">',   # trained
+         False: '<span style="background:rgba(128,128,128,.14);border-bottom:2px solid transparent">'}
 _TOKEN = "border-left:1px solid rgba(128,128,128,.55);padding:0 1px"
 _MARK = "opacity:.55;font-size:.8em"  # what stands for something that cannot be seen
 
@@ -97,17 +97,13 @@ def document_html(document: Document, tokenizer, *, most: int = 2000) -> str:
     """
     shown = Document(document.tokens[:most], document.mask[:most])
     # one coloured stretch for neighbours that are alike keeps the page small
-    runs = [f"{_open(trained)}{''.join(map(_token_html, alike))}</span>"
+    runs = [f"{_OPEN[trained]}{''.join(map(_token_html, alike))}</span>"
             for trained, alike in itertools.groupby(groups(shown, tokenizer), lambda group: group.trained)]
     more = len(document.tokens) - len(shown.tokens)
     rest = f'<span style="{_MARK}"> … and {more:,} more tokens</span>' if more else ""
     return (f'<div style="font-family:var(--jp-code-font-family,monospace);font-size:13px;line-height:1.9;'
             f'white-space:pre-wrap;overflow-wrap:anywhere">{"".join(runs)}{rest}</div>'
             + _legend(document))
-
-
-def _open(trained: bool) -> str:
-    return f'<span style="{_TRAINED if trained else _SHOWN}">'
 
 
 def _token_html(group: Group) -> str:
@@ -124,8 +120,8 @@ def _token_html(group: Group) -> str:
 
 def _legend(document: Document) -> str:
     trained, n = int(document.mask.sum()), len(document.tokens)
-    parts = (f'{_open(True)} trained </span> {trained:,} of {n:,} tokens ({trained / max(n, 1):.0%})',
-             f"{_open(False)} only shown </span>",
+    parts = (f'{_OPEN[True]} trained </span> {trained:,} of {n:,} tokens ({trained / max(n, 1):.0%})',
+             f"{_OPEN[False]} only shown </span>",
              "字<sub>3</sub> a character in 3 tokens", "↵ a line ends", "end: id 0 closes the document")
     return (f'<div style="margin-top:6px;font-size:12px;line-height:1.8;opacity:.85">{" · ".join(parts)}'
             "</div>")

@@ -3,6 +3,7 @@
 import contextlib
 import html
 from collections.abc import Mapping
+from functools import partial
 
 import ipywidgets as W
 from matplotlib.figure import Figure
@@ -15,12 +16,14 @@ from ..model import Shape, load_weights, read_shape
 from ..quant import bitsandbytes
 from ..runs import Run
 from ..words import bytes_text
+from .common import button, errors_shown
 from .panel_form import SettingsForm
-from .panel_html import error_html, rows_html
+from .panel_html import rows_html
 from .plots import COLOURS, INK, stacked_bars
 
 _PART_COLOURS = {"weights": COLOURS[0], "LoRA": COLOURS[1], "gradients": COLOURS[4], "optimizer": COLOURS[3],
                  "checkpoints": COLOURS[2], "block peak": COLOURS[5], "loss": "#999999", "context": "#cccccc"}
+_NOT = f"<b style='color:{COLOURS[1]}'>This run does not fit.</b>"
 
 
 def predict(shape: Shape, preset: str, quant: str) -> memory.Estimate:
@@ -71,22 +74,21 @@ def bar_html(told: memory.Estimate, name: str, limit: int) -> str:
 class MemoryBar(W.VBox):
     """What the run in a form would need, against the card that is there; follows the form as it changes.
 
-    Says what to change where it does not fit, with a button for that, for a preset and for the largest micro_bsz.
+    Says what to change where it does not fit, with a button for that, for each preset and for the largest micro_bsz.
     limit: bytes to fit into, by default those of the GPU, or of the machine where it has none.
     """
 
     def __init__(self, form: SettingsForm, run: Run, limit: int | None = None):
-        self._form, self._run, self._limit, self._offer, self._setting = form, run, limit, {}, False
+        self._form, self._run, self._limit, self._setting = form, run, limit, False
         self._bar, self._advice = W.HTML(layout=W.Layout(width="99%")), W.HTML()
-        self.apply = W.Button(description="change that", layout=W.Layout(display="none"))
-        self.largest = W.Button(description="largest micro_bsz that fits", layout=W.Layout(width="auto"))
-        self.preset = W.ToggleButtons(options=("as set", *PRESETS), style={"button_width": "auto"})
-        self.apply.on_click(lambda _: self._set(self._offer))
-        self.largest.on_click(lambda _: self._fill())
-        self.preset.observe(self._choose, "value")
-        super().__init__([self._bar, W.HBox([self._advice, self.apply]), W.HBox([self.preset, self.largest])])
-        for name in form.inputs:
-            form.inputs[name].observe(self._changed, "value")
+        self.apply = button("change that", lambda: self._set(self._offer))
+        self.presets = {name: button(name, partial(self._set, changes), tooltip=fit.words(changes), width="auto")
+                        for name, changes in PRESETS.items()}
+        self.largest = button("largest micro_bsz that fits", self._fill, width="auto")
+        super().__init__([self._bar, W.HBox([self._advice, self.apply]),
+                          W.HBox([W.Label("preset:"), *self.presets.values(), self.largest])])
+        for control in form.inputs.values():
+            control.observe(self._changed, "value")
         self._changed()
 
     def __repr__(self) -> str:
@@ -94,14 +96,16 @@ class MemoryBar(W.VBox):
 
     def _read(self) -> tuple[Shape, Settings, str, int, bool]:
         settings = self._run.settings()
+        config.check_together(settings)
         name, size, gpu = fit.card(settings.train.accelerator)
         return read_shape(load_weights(settings.train.load_model)), settings, name, self._limit or size, gpu
 
     def _changed(self, _=None) -> None:
         if self._setting:   # several at once: shown when the last is set
             return
-        self._offer, self.apply.layout.display, self._advice.value = {}, "none", ""
-        try:
+        self._advise("counting …")      # a second or two; more beside a training
+        advice, change = "", None
+        with errors_shown(self._bar):
             shape, settings, name, limit, gpu = self._read()
             told = memory.estimate(shape, settings, gpu=gpu)
             self._bar.value = bar_html(told, name, limit)
@@ -109,23 +113,14 @@ class MemoryBar(W.VBox):
             if t.quant != "none" or t.quant_head or t.adam_state == "8bit":
                 bitsandbytes()
             if told.total > limit:
-                self._advise("looking for what would make it fit …")    # it takes a few seconds, of a GPU's settings
-                self._warn(fit.cheapest_change(shape, settings, limit, gpu=gpu))
-        except RwkvNbError as error:
-            self._bar.value = error_html(error)
+                self._advise(f"{_NOT} looking for what would make it fit …")    # it takes a few seconds
+                change = fit.cheapest_change(shape, settings, limit, gpu=gpu)
+                advice = f"{_NOT} " + (f"it fits with <code>{fit.words(change)}</code>&nbsp;" if change else
+                                       f"no setting makes it fit: {fit.TOO_LARGE}")
+        self._advise(advice, change)
 
-    def _warn(self, change: dict | None) -> None:
-        if not change:
-            return self._advise(f"no setting makes it fit: {fit.TOO_LARGE}")
-        self._advise("it fits with " + ", ".join(f"<code>{k} {v}</code>" for k, v in change.items()) + "&nbsp;")
-        self._offer, self.apply.layout.display = change, ""
-
-    def _advise(self, text: str) -> None:
-        self._advice.value = f"<b style='color:{COLOURS[1]}'>This run does not fit.</b> {text}"
-
-    def _choose(self, change) -> None:
-        if change.new in PRESETS:
-            self._set(PRESETS[change.new])
+    def _advise(self, text: str, offer: dict | None = None) -> None:
+        self._advice.value, self._offer, self.apply.layout.display = text, offer, "" if offer else "none"
 
     def _fill(self) -> None:
         with contextlib.suppress(RwkvNbError):   # the bar says it already

@@ -12,8 +12,7 @@ from ..evaluate import Judgement
 from ..generate import stream
 from ..lora.layers import strength
 from ..model import RWKV
-from .common import write_live
-from .panel_html import error_html
+from .common import errors_shown, write_live
 from .plots import COLOURS, INK, plain
 
 
@@ -58,18 +57,15 @@ class StrengthSlider(widgets.VBox):
             if request != self._request:  # the newest may have had its turn first: the model is its asker's again
                 return
             value = self.slider.value
-            try:
+            with errors_shown(self.answer):
                 pieces = stream(self._model, self._tokenizer, prompt(self.question.value, self._template),
                                 max_tokens=self._max_tokens, template=self._template)
                 with strength(self._model, value):
                     text = write_live(pieces, lambda text, _: self._paint(value, text + " …"),
                                       lambda: request != self._request)
-            except Exception as error:  # shown in place of the answer: nobody waits for this thread
-                self.answer.value = error_html(error)
-                return
-            if request == self._request:
-                self.text = text.strip()
-                self._paint(value, self.text)
+                if request == self._request:
+                    self.text = text.strip()
+                    self._paint(value, self.text)
 
     def _paint(self, value: float, text: str) -> None:
         name = {0.0: "base", 1.0: "adapter as trained"}.get(value, f"strength {value:g}")

@@ -16,7 +16,7 @@ from ..train.launch import LaunchedSession
 from ..train.session import TrainSession
 from ..train.snapshot import DONE, Snapshot
 from . import panel_html as html
-from .common import button
+from .common import button, confirm_changes
 from .panel_form import setting_input, shell_command
 from .plots import loss_figure, png
 
@@ -38,6 +38,7 @@ class TrainPanel(widgets.VBox):
         self._session, self._live = session, session.snapshot().live
         self._held, self._complaint = False, ""     # held: the button says Resume
         self._wake, self._painted, self._figure_due = threading.Event(), 0, 0.0
+        confirm_changes()
         self._make_controls(self._live)
         self._make_displays()
         super().__init__([

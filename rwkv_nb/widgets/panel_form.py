@@ -8,9 +8,8 @@ import ipywidgets as widgets
 
 from .. import config
 from ..config import Settings
-from ..errors import RwkvNbError
 from ..runs import Run, path_settings
-from .panel_html import error_html
+from .common import errors_shown
 
 FIELDS = ("r", "lora_alpha", "ctx_len", "micro_bsz", "epoch_count", "epoch_steps", "lr_init", "lr_final",
           "precision")
@@ -36,20 +35,18 @@ class SettingsForm(widgets.VBox):
         made = self.inputs[field.name] = setting_input(field, value, self._language)
         made.observe(self._write, "value")
         unit = f" [{field.metadata['unit']}]" if field.metadata["unit"] and self._language == "en" else ""
-        text = field.metadata[self._language] + unit
-        return widgets.HBox([made, widgets.HTML(f'<span style="opacity:.75">{text}</span>')])
+        text = f'<div style="opacity:.75;line-height:1.3;padding:5px 0">{field.metadata[self._language]}{unit}</div>'
+        return widgets.HBox([made, widgets.HTML(text)])
 
     def __repr__(self) -> str:
         return f"SettingsForm({self._run.name})"
 
     def _write(self, change) -> None:
         name = change.owner.description
-        try:
+        with errors_shown(self._message):
             words = isinstance(self._known[name].default, tuple)
             self._run.update(**{name: tuple(change.new.split()) if words else change.new})
             self._message.value = ""
-        except RwkvNbError as error:
-            self._message.value = error_html(error)
 
 
 def setting_input(field: Field, value, language: str = "en") -> widgets.Widget:

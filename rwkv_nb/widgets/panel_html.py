@@ -110,7 +110,7 @@ def _compact(text: str) -> str:
 def files_html(folder: str, files: Iterable[str]) -> str:
     """Saved files, by name."""
     names = " · ".join(f"<code>{escape(name)}</code>" for name in files)
-    return f'<span style="opacity:.8">saved in {escape(folder)}:</span> {names}' if names else ""
+    return f'<div style="line-height:1.5">saved in {escape(folder)}: {names}</div>' if names else ""
 
 
 def command_html(command: str) -> str:

@@ -14,12 +14,12 @@ from matplotlib.figure import Figure
 
 from .. import config
 from ..config import LoraSettings
-from ..errors import RwkvNbError
 from ..lora.layers import adapter_parameters, attach, matching
 from ..model import RWKV, Shape
 from ..runs import Run
 from ..words import number_text
-from .panel_html import error_html, rows_html
+from .common import errors_shown
+from .panel_html import rows_html
 from .plots import COLOURS, INK, TICK, plain, png, stacked_bars
 
 # Parameters of the released models as their files have them, without block 0's unused v0 v1 v2.
@@ -112,7 +112,7 @@ def _cells(part: Part, share: float) -> tuple:
            f"<span style='display:inline-block;height:9px;width:{max(share * 150, 1):.0f}px;"
            f"background:{KINDS[part.kind]}'></span>")
     adds = f"{part.lora:,}" if part.lora else ""
-    return f"<code>{part.name}</code>", shapes, part.tensors, f"{part.params:,}", bar, adds
+    return f"<code style='font-size:11px'>{part.name}</code>", shapes, part.tensors, f"{part.params:,}", bar, adds
 
 
 def share_figure(sizes: Mapping[str, Shape]) -> Figure:
@@ -133,11 +133,14 @@ def share_figure(sizes: Mapping[str, Shape]) -> Figure:
 
 
 def rank_figure(sizes: Mapping[str, Shape], chosen: str, lora: LoraSettings) -> Figure:
-    """Parameters of an adapter over its rank, a line a size (both axes in powers of two); the chosen one is thick."""
+    """Parameters of an adapter over its rank, a line a size (both axes in powers of two) of the version that is chosen;
+    the chosen one is thick."""
     figure = Figure(figsize=(5.6, 3.9), facecolor="white")
     axes = plain(figure.add_axes((0.135, 0.13, 0.70, 0.76)))
     ranks = sorted({*RANKS, lora.r})
     for name, shape in sizes.items():
+        if shape.generation != sizes[chosen].generation:
+            continue
         counts = [lora_params(shape, config.replace(lora, r=r)) for r in ranks]
         colour, width, weight = (COLOURS[1], 2.6, "bold") if name == chosen else (TICK, 0.9, "normal")
         axes.plot(ranks, counts, color=colour, lw=width, zorder=3 if name == chosen else 2)
@@ -208,13 +211,10 @@ class ShapePanel(W.VBox):
             self._changed()
 
     def _changed(self, _=None) -> None:
-        try:
+        with errors_shown(self._note):
             self.run.update(r=self._r.value, lora_alpha=self._alpha.value)
             shape, lora = self.sizes[self._size.value], self.lora
             self._table.value, self._advice.value = table_html(shape, lora), advice_html(lora)
             self._picture.value = png(rank_figure(self.sizes, self._size.value, lora))
-        except RwkvNbError as error:
-            self._note.value = error_html(error)
-            return
-        self._note.value = ("<span style='font-size:12px;opacity:.7'>r and alpha are written to "
-                            f"{html.escape(self.run.name)}/settings.json</span>")
+            self._note.value = ("<span style='font-size:12px;opacity:.7'>r and alpha are written to "
+                                f"{html.escape(self.run.name)}/settings.json</span>")

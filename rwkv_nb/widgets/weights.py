@@ -7,8 +7,7 @@ import ipywidgets as W
 
 from ..hub import KNOWN, find, get
 from ..words import bytes_text
-from .common import Bar, button
-from .panel_html import error_html
+from .common import Bar, button, errors_shown
 
 
 class BaseChooser(W.VBox):
@@ -37,14 +36,8 @@ class BaseChooser(W.VBox):
 
     def _start(self, do) -> None:
         if not (self._thread and self._thread.is_alive()):
-            self._thread = threading.Thread(target=self._guarded, args=(do,), name="rwkv_nb get", daemon=True)
+            self._thread = threading.Thread(target=errors_shown(self.said)(do), name="rwkv_nb get", daemon=True)
             self._thread.start()
-
-    def _guarded(self, do) -> None:
-        try:
-            do()
-        except Exception as error:  # shown: nobody waits for a button
-            self.said.value = error_html(error)
 
     def _size(self) -> None:
         found = find(self.name.value, endpoint=self._endpoint)

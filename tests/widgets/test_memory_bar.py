@@ -44,7 +44,7 @@ def test_what_does_not_fit_is_said_with_the_cheapest_change(run):
     bar = MemoryBar(form, run, limit=limit)
     form.inputs["micro_bsz"].value = 8
     assert "does not fit" in bar._advice.value
-    assert "<code>micro_bsz 4</code>, <code>accumulate_grad_batches 2</code>" in bar._advice.value
+    assert "<code>micro_bsz 4, accumulate_grad_batches 2</code>" in bar._advice.value
     bar.apply.click()
     assert told(run) <= limit and bar._advice.value == ""
     assert (run.settings().train.micro_bsz, form.inputs["accumulate_grad_batches"].value) == (4, 2)
@@ -59,8 +59,10 @@ def test_the_largest_micro_bsz_and_the_presets_are_set(run):
     assert found == form.inputs["micro_bsz"].value > 4 and told(run) <= limit
     form.inputs["micro_bsz"].value = found + 1
     assert told(run) > limit
-    bar.preset.value = "small"
-    assert PRESETS["small"].items() <= values(run.settings()).items()
+    for name in ("small", "fast", "small"):    # also back, and once more after a change by hand
+        bar.presets[name].click()
+        assert PRESETS[name].items() <= values(run.settings()).items()
+        form.inputs["grad_cp"].value = "selective"
 
 
 def test_what_cannot_be_quantised_here_is_said(run, monkeypatch):
@@ -71,6 +73,22 @@ def test_what_cannot_be_quantised_here_is_said(run, monkeypatch):
     assert "rwkv_nb[quant]" in bar._bar.value
     form.inputs["quant"].value = "none"
     assert "GB</b> of" in bar._bar.value
+
+
+def test_settings_beyond_reason_or_against_each_other_are_said_in_a_line_and_can_be_mended(run):
+    form = SettingsForm(run)
+    bar = MemoryBar(form, run, limit=10**9)
+    before = bar._bar.value
+    form.inputs["ctx_len"].value = 10**12
+    assert "× 1,000,000,000,000 tokens is more than torch can count" in bar._bar.value and bar._advice.value == ""
+    bar.largest.click()
+    assert "more than torch can count" in bar._bar.value and run.settings().train.micro_bsz == 4
+    form.inputs["ctx_len"].value = 64
+    assert bar._bar.value == before
+    form.inputs["truncated_bptt"].value = 1
+    assert "set chunk_ctx" in bar._bar.value
+    form.inputs["micro_bsz"].value = 10**18
+    assert run.settings().train.micro_bsz == 65_536
 
 
 def test_a_base_that_cannot_be_read_is_said(run):
