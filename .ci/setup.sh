@@ -45,20 +45,18 @@ install() {   # a download that is cut goes on from what is whole already
     stop "the packages could not be installed; pip says why above" "→ check the connection and the free disk space, then run make again"
 }
 
-pins="$env/.rwkv_nb-constraints.txt"
-pins_but() { grep -v "^\($1\)==" constraints.txt > "$pins"; }
-
 # torch goes first and alone: it is most of the download. One that is there and fits is never touched.
 if torch=$("$python" -c 'import sys; from importlib.metadata import version; torch = version("torch"); print(torch)
 sys.exit(tuple(map(int, torch.split(".")[:2])) < (2, 10))' 2>/dev/null); then
     say "torch $torch is here and is kept"
 else
     say "installing torch, the largest download${torch:+ ($torch is here; 2.10 or newer is needed)}"
-    pins_but triton   # a torch for CUDA says itself which one it needs
-    install -c "$pins" --upgrade torch
+    install -c constraints.txt --upgrade torch
 fi
 say "installing JupyterLab and the other packages into $env"
-if "$python" -m pip show -q triton >/dev/null 2>&1; then pins_but 'torch\|triton'; else pins_but torch; fi
-install -q -c "$pins" -e ".${extra:+[$extra]}"
+kept=torch
+if "$python" -m pip show -q triton >/dev/null 2>&1; then kept='torch\|triton'; fi   # a torch for CUDA brings its own
+grep -v "^\($kept\)==" constraints.txt > "$env/.rwkv_nb-constraints.txt"
+install -q -c "$env/.rwkv_nb-constraints.txt" -e ".${extra:+[$extra]}"
 printf '%s' "$stamp" > "$env/.rwkv_nb-${extra:-run}"
 say "ready"

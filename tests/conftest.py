@@ -14,7 +14,8 @@ from rwkv_nb.model import RWKV, Shape, init_weights, save_weights
 
 # Files that take long, the longest first: pytest-xdist hands out whole files, and no worker shall be left alone with
 # one of them at the end.
-LONG = ("test_in_order", "test_nvcc", "test_memory", "test_shrink", "test_wheel", "test_wkv", "test_memory_bar",
+LONG = ("test_in_order", "test_nvcc", "test_pretend_gpu", "test_shrink", "test_wheel", "test_memory", "test_fla_op",
+        "test_triton_op", "test_gpu_kernels", "test_part_memory", "test_wkv", "test_memory_bar",
         "test_launch", "test_rwkv", "test_panel_in_chromium", "test_kill", "test_build", "test_session", "test_live",
         "test_imports", "test_gpu_check", "test_quant")
 

@@ -184,10 +184,13 @@ def test_over_loading_only_what_is_loaded_counts():
 
 def test_what_is_free_is_what_counts():
     """Not all that the machine has, and this process's own with it."""
-    name, size, gpu = card("cpu")
-    ballast = torch.ones(2**26)
-    assert not gpu and 0 < size < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") and name
-    assert abs(card("cpu")[1] - size) < ballast.nbytes
+    changes = []
+    for _ in range(5):      # other programs take and leave as they like, but not each time
+        name, size, gpu = card("cpu")
+        ballast = torch.ones(2**26)
+        assert not gpu and 0 < size < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") and name
+        changes.append(abs(card("cpu")[1] - size))
+    assert min(changes) < ballast.nbytes / 2
 
 
 def test_the_held_out_loss_takes_no_more_than_a_step(trainer_of, tmp_path):
