@@ -28,7 +28,7 @@ DTYPES = {torch.float32: 5e-7, torch.bfloat16: 3e-3, torch.float16: 4e-4}  # wit
 @pytest.fixture(scope="module", autouse=True)
 def operators(tmp_path_factory):
     kernels.load()
-    torch.ops.load_library(compile_on_host(tmp_path_factory.mktemp("kernels"), "pointwise", "loss"))
+    torch.ops.load_library(compile_on_host(tmp_path_factory, "pointwise", "loss"))
 
 
 @pytest.fixture(autouse=True)

@@ -22,8 +22,8 @@ CASES = {   # (version, settings)
     "small": (7, {"precision": "bf16", "grad_cp": "block", "emb_cpu": 1, "quant": "int8", "quant_head": 1}),
     "half": (7, {"precision": "fp16", "grad_cp": "selective", "accumulate_grad_batches": 2}),
     "chunks": (7, {"chunk_ctx": 8, "adam_state": "bf16", "emb_cpu": 1, "train_parts": ["ln_x", "att.r_k"]}),
-    "packed": (6, {"dataload": "pack", "op": "chunked", "grad_cp": "block"}),
-    "older": (6, {"precision": "bf16", "emb_cpu": 1}),
+    "packed": (7, {"dataload": "pack", "grad_cp": "block"}),
+    "older": (6, {"dataload": "pack", "precision": "bf16", "emb_cpu": 1}),
     "oldest": (5, {"train_parts": ["time_decay"], "merge": 1}),
 }
 AROUND = {"finish", "finish_backward", "loss", "shift", "shift_backward"}
@@ -39,7 +39,7 @@ def runs(tmp_path_factory, chats):
         given = {"data_file": str(chats), "tokenizer": "byte", "ctx_len": 24, "r": 4, "lora_dropout": 0.0,
                  "micro_bsz": 2, "epoch_count": 1, "heldout": 0.6, "merge": 0}
         settings[name] = replace(Settings(), load_model=str(folder / f"{version}.pth"), **given | changes)
-    library = compile_on_host(folder, "pointwise", "loss")
+    library = compile_on_host(tmp_path_factory, "wkv", "pointwise", "loss")
     cases = json.dumps({name: dataclasses.asdict(s) for name, s in settings.items()})
     done = subprocess.run([sys.executable, HERE / "on_pretend_gpu.py", library, folder, cases], text=True,
                           capture_output=True)
@@ -50,7 +50,7 @@ def runs(tmp_path_factory, chats):
 @pytest.mark.parametrize("name", CASES)
 def test_it_learns_what_a_cpu_learns(runs, name, tmp_path):
     folder, settings, said = runs
-    train(tmp_path / "cpu", replace(settings[name], op="auto"), prompts=["User: who?"], max_tokens=3)
+    train(tmp_path / "cpu", settings[name], prompts=["User: who?"], max_tokens=3)
     there, here = Run(folder / name).metrics(), Run(tmp_path / "cpu").metrics()
     assert said[name]["status"] == "finished" and len(steps(there)) == len(steps(here)) > 3
     close = 1e-5 if settings[name].train.precision == "fp32" else 3e-3
@@ -58,8 +58,9 @@ def test_it_learns_what_a_cpu_learns(runs, name, tmp_path):
         assert [row[key] for row in steps(there)] == pytest.approx([row[key] for row in steps(here)], rel=close * 10)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if CASES[name][1].get("op") != "chunked"])
-def test_the_kernels_around_wkv_are_used(runs, name):
+@pytest.mark.parametrize("name", CASES)
+def test_the_kernels_are_used(runs, name):
     called = {operator.removeprefix("rwkv_nb::") for operator in runs[2][name]["called"]}
     version, changes = CASES[name]
-    assert called >= AROUND | ({"prepare", "prepare_backward"} if version == 7 else set()), changes
+    wkv = {f"wkv{version}", f"wkv{version}_backward", *(("prepare", "prepare_backward") if version == 7 else ())}
+    assert called >= AROUND | wkv, changes

@@ -57,13 +57,8 @@ def on_host(library, cases):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("host")
-
-
-@pytest.fixture(scope="module")
-def host_errors(folder):
-    return on_host(compile_on_host(folder, "wkv"), [*CASES, None])
+def host_errors(tmp_path_factory):
+    return on_host(compile_on_host(tmp_path_factory, "wkv"), [*CASES, None])
 
 
 @pytest.mark.parametrize("i", range(len(CASES)), ids=["-".join(f"{k}={v}" for k, v in c.items()) for c in CASES])
@@ -76,14 +71,14 @@ def test_what_is_kept_for_backward(host_errors):
     assert len(host_errors) == len(CASES) + 1  # the last looked at it
 
 
-def test_a_missing_barrier_is_seen(folder):
+def test_a_missing_barrier_is_seen(tmp_path, tmp_path_factory):
     """The fibers of host.h run in random order, so that the tests above say something about barriers."""
-    unsafe = Path(shutil.copytree(CUDA, folder / "unsafe"))
+    unsafe = Path(shutil.copytree(CUDA, tmp_path / "unsafe"))
     source = unsafe / "wkv_values.cuh"
     whole = source.read_text()
     source.write_text(whole.replace("    __syncthreads();\n    if (i + 1 < chunks)", "    if (i + 1 < chunks)"))
     assert source.read_text() != whole
-    result, = on_host(compile_on_host(folder, "wkv", sources=unsafe), [{"version": 7, "T": 40}])
+    result, = on_host(compile_on_host(tmp_path_factory, "wkv", sources=unsafe), [{"version": 7, "T": 40}])
     assert result["y"] > 1e-3
 
 
