@@ -19,7 +19,6 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from functools import partialmethod
 from io import FileIO
 from pathlib import Path
 
@@ -112,11 +111,21 @@ class LaunchedSession(Waiting):
         with open(self._control, "a", encoding="utf-8") as f:
             f.write(json.dumps({"do": what, "values": values}) + "\n")
 
-    # As of TrainSession, in every process, once the step under way is done; work() calls them there.
-    pause = partialmethod(_send, "pause")
-    resume = partialmethod(_send, "resume")
-    stop = partialmethod(_send, "stop")              # after a checkpoint and an adapter
-    save_now = partialmethod(_send, "save_now")      # an adapter and a checkpoint; also while paused
+    def pause(self) -> None:
+        """Hold every process after the step under way."""
+        self._send("pause")
+
+    def resume(self) -> None:
+        """Go on after a pause."""
+        self._send("resume")
+
+    def stop(self) -> None:
+        """End after the step under way, with a checkpoint and an adapter."""
+        self._send("stop")
+
+    def save_now(self) -> None:
+        """Save an adapter and a checkpoint after the step under way, or while paused."""
+        self._send("save_now")
 
     def change(self, **changes) -> LiveSettings:
         """Change LiveSettings by name in every process, from the next optimizer step on."""
