@@ -6,7 +6,7 @@ import importlib.util
 import operator
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -91,10 +91,15 @@ def words(change: dict) -> str:
     return ", ".join(f"{name} {value}" for name, value in change.items())
 
 
-def cheapest_change(shape: Shape, settings: Settings, limit: int, *, gpu: bool) -> dict | None:
+def cheapest_change(shape: Shape, settings: Settings, limit: int, *, gpu: bool,
+                    before_each: Callable[[], None] = lambda: None) -> dict | None:
     """What to change so that the run fits into `limit` bytes: nothing of `smaller` that comes later than it must, and
-    nothing that is not needed beside it. {} where it fits already, None where all of `smaller` together does not do."""
+    nothing that is not needed beside it. {} where it fits already, None where all of `smaller` together does not do.
+
+    before_each: called before each estimate, a second or so; what it raises ends the search
+    """
     def fits(changes: list[dict]) -> bool:
+        before_each()
         together = functools.reduce(operator.or_, changes, {})
         return estimate(shape, config.replace(settings, **together), gpu=gpu).total <= limit
 
@@ -137,9 +142,12 @@ def next_smaller(shape: Shape, settings: Settings, *, loading: bool = False, res
     return next((change for change in changes if size(change) <= 0.97 * size({})), None)
 
 
-def largest_micro_bsz(shape: Shape, settings: Settings, limit: int, *, gpu: bool) -> int:
-    """The largest micro_bsz up to 1024 with which the run fits into `limit` bytes; 0 where not even 1 does."""
+def largest_micro_bsz(shape: Shape, settings: Settings, limit: int, *, gpu: bool,
+                      before_each: Callable[[], None] = lambda: None) -> int:
+    """The largest micro_bsz up to 1024 with which the run fits into `limit` bytes; 0 where not even 1 does.
+    before_each: as of cheapest_change."""
     def over(B: int) -> int:
+        before_each()
         return estimate(shape, config.replace(settings, micro_bsz=B), gpu=gpu).total - limit
 
     fits, fails, B, seen = 0, 1025 if settings.data.dataload != "only" else 2, 1, []
