@@ -4,10 +4,10 @@ import bisect
 import functools
 import importlib.util
 import operator
-import os
 import re
 from collections.abc import Callable, Iterator
 
+import psutil
 import torch
 
 from . import config
@@ -35,10 +35,8 @@ def card(accelerator: str = "auto", number: int = 0) -> tuple[str, int, bool]:
         free, _ = torch.cuda.mem_get_info(number)
         mine = torch.cuda.memory_reserved(number) + CONTEXT
         return torch.cuda.get_device_name(number), int((free + mine) * (1 - SPARE)), True
-    with open("/proc/meminfo", encoding="ascii") as meminfo, open("/proc/self/statm", encoding="ascii") as statm:
-        free = int(re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read())[1]) * 1024
-        _, resident, of_files, *_ = map(int, statm.read().split())
-    return "this machine's memory", free + (resident - of_files) * os.sysconf("SC_PAGE_SIZE"), False
+    mine = psutil.Process().memory_info()   # what is shared are pages of files
+    return "this machine's memory", psutil.virtual_memory().available + mine.rss - mine.shared, False
 
 
 def smaller(settings: Settings, *, gpu: bool) -> Iterator[dict]:

@@ -32,14 +32,15 @@ class TrainPanel(widgets.VBox):
     """Buttons, sliders, progress, loss and samples of a TrainSession: display(TrainPanel(session)).
 
     A panel may be made before or after session.start(). It paints until the session is done.
+    language: en or zh, that of the settings' explanations
     """
 
-    def __init__(self, session: TrainSession | LaunchedSession):
+    def __init__(self, session: TrainSession | LaunchedSession, language: str = "en"):
         self._session, self._live = session, session.snapshot().live
         self._held, self._complaint = False, ""     # held: the button says Resume
         self._wake, self._painted, self._figure_due = threading.Event(), 0, 0.0
         confirm_changes()
-        self._make_controls(self._live)
+        self._make_controls(self._live, language)
         self._make_displays()
         super().__init__([
             self.status, widgets.HBox([self.start, self.pause, self.stop, self.save]),
@@ -55,7 +56,7 @@ class TrainPanel(widgets.VBox):
 
     # -- controls ------------------------------------------------------------------------------------------------
 
-    def _make_controls(self, live: LiveSettings) -> None:
+    def _make_controls(self, live: LiveSettings, language: str) -> None:
         session = self._session
         self.start = button("Start", lambda: self._ask(session.start), icon="play", style="success",
                             tooltip="begin to train")
@@ -71,9 +72,10 @@ class TrainPanel(widgets.VBox):
         self.lr_init = widgets.FloatLogSlider(
             value=rate, min=math.log10(rate) - DECADES, max=math.log10(rate) + DECADES, step=0.02,
             readout_format=".2e", continuous_update=False, description="lr_init",
-            tooltip=fields["lr_init"].metadata["en"], style={"description_width": "initial"}, layout={"width": "350px"})
+            tooltip=fields["lr_init"].metadata[language], style={"description_width": "initial"},
+            layout={"width": "350px"})
         for name in LIVE[1:]:
-            setattr(self, name, setting_input(fields[name], getattr(live, name)))
+            setattr(self, name, setting_input(fields[name], getattr(live, name), language))
         for name in LIVE:
             getattr(self, name).observe(self._change, "value")
         inputs = [getattr(self, name) for name in LIVE]

@@ -40,6 +40,13 @@ def events(run):
     return [row for row in run.metrics() if "event" in row]
 
 
+def test_explanations_are_in_the_language_that_is_asked_for(panel):
+    chinese = TrainPanel(panel.session, "zh")
+    for field in config.leaf_fields(config.LiveSettings()):
+        for shown, language in ((panel, "en"), (chinese, "zh")):
+            assert getattr(shown, field.name).tooltip == field.metadata[language]
+
+
 def test_buttons_steer_the_session(panel):
     session = panel.session
     assert not panel.start.disabled and panel.pause.disabled and panel.stop.disabled
