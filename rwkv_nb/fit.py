@@ -1,6 +1,7 @@
 """What makes a run fit: the memory that there is, and what to change where it will not do, before a run and in it."""
 
 import bisect
+import contextlib
 import functools
 import importlib.util
 import operator
@@ -64,8 +65,10 @@ def smaller(settings: Settings, *, gpu: bool) -> Iterator[dict]:
         (packed and t.quant == "none", {"quant": "int8"}),
         (packed and t.quant != "nf4", {"quant": "nf4"}),
     ):
-        if possible and _allowed(config.replace(settings, **change)):
-            yield change
+        with contextlib.suppress(SettingsError):
+            if possible:
+                config.check_together(config.replace(settings, **change))
+                yield change
 
 
 def _has_bf16(gpu: bool) -> bool:
@@ -74,14 +77,6 @@ def _has_bf16(gpu: bool) -> bool:
         return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
     with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
         return re.search(r"\b(avx512_bf16|amx_bf16)\b", file.read()) is not None
-
-
-def _allowed(settings: Settings) -> bool:
-    try:
-        config.check_together(settings)
-    except SettingsError:
-        return False
-    return True
 
 
 def words(change: dict) -> str:

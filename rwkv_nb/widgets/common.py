@@ -60,11 +60,6 @@ class Bar(widgets.HBox):
     def __repr__(self) -> str:
         return "Bar()"
 
-    @property
-    def value(self) -> float:
-        """The share that is shown."""
-        return self._bar.value
-
     def report(self, done: int, total: int) -> None:
         """Paint the share that is done, in steps that can be seen."""
         share = done / max(total, 1)

@@ -5,6 +5,7 @@ The colours are translucent over the page's own, so that light and dark themes b
 below them too, for readers who do not tell the colours apart.
 """
 
+import codecs
 import itertools
 from collections.abc import Iterator, Sequence
 from html import escape
@@ -71,23 +72,17 @@ def _edges(sizes: np.ndarray, ctx_len: int) -> np.ndarray:
 
 def groups(document: Document, tokenizer) -> Iterator[Group]:
     """A document's tokens, those that hold parts of one character together."""
-    ids, trained = [], False
+    ids, trained, characters = [], False, codecs.getincrementaldecoder("utf-8")("replace")
     for token, mask in zip(document.tokens.tolist(), document.mask.tolist(), strict=True):
-        if ids and (token == 0 or ids == [0] or not _cut(b"".join(tokenizer.table[i] for i in ids))):
+        cut, _ = characters.getstate()     # the bytes of a character that is not complete
+        if ids and (token == 0 or ids == [0] or not cut):
             yield Group(ids, tokenizer.decode(ids), trained)
             ids, trained = [], False
+            characters.reset()
         ids, trained = [*ids, token], trained or mask
+        characters.decode(tokenizer.table[token])
     if ids:
         yield Group(ids, tokenizer.decode(ids), trained)
-
-
-def _cut(text: bytes) -> bool:
-    """Whether a character is not complete at the end."""
-    try:
-        text.decode()
-    except UnicodeDecodeError as error:
-        return error.reason == "unexpected end of data"
-    return False
 
 
 def document_html(document: Document, tokenizer, *, most: int = 2000) -> str:

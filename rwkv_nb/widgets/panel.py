@@ -44,7 +44,7 @@ class TrainPanel(widgets.VBox):
         self._make_displays()
         super().__init__([
             self.status, widgets.HBox([self.start, self.pause, self.stop, self.save]),
-            self.live, self.error, self.progress, self.figures, self.loss, self.samples, self.files, self.notices,
+            self.live, self.error, self.notices, self.progress, self.figures, self.loss, self.samples, self.files,
             self.command],
             layout={"max_width": "800px"})
         self._paint_texts(session.snapshot())
@@ -122,7 +122,7 @@ class TrainPanel(widgets.VBox):
         self._show_live()
         now = self._session.snapshot()
         self._paint_texts(now)
-        due = time.monotonic() >= self._figure_due or now.done
+        due = time.monotonic() >= self._figure_due or now.paused or now.done
         if due and len(now.rows) != self._painted:
             began, self.loss.layout.display = time.monotonic(), "block"
             self.loss.value = png(loss_figure(now.rows), dpi=150)

@@ -91,4 +91,4 @@ def test_the_bar_follows_a_merge(lively, tmp_path):
     bar = Bar()
     merge(lively, make_adapter(tmp_path / "a.safetensors", lively)[0], tmp_path / "m.pth", prove=False,
           progress=bar.report)
-    assert bar.value == 1
+    assert bar.children[0].value == 1
