@@ -44,8 +44,8 @@ class TrainPanel(widgets.VBox):
         self._make_displays()
         super().__init__([
             self.status, widgets.HBox([self.start, self.pause, self.stop, self.save]),
-            self.live, self.error, self.notices, self.progress, self.figures, self.loss, self.samples, self.files,
-            self.command],
+            self.live, self.error, self.warnings, self.progress, self.figures, self.loss, self.samples, self.files,
+            self.notices, self.command],
             layout={"max_width": "800px"})
         self._paint_texts(session.snapshot())
         self.painter = threading.Thread(target=self._paint_until_done, name="rwkv_nb panel", daemon=True)
@@ -100,8 +100,8 @@ class TrainPanel(widgets.VBox):
     # -- painting ------------------------------------------------------------------------------------------------
 
     def _make_displays(self) -> None:
-        self.status, self.error, self.figures, self.notices, self.samples, self.files = (
-            widgets.HTML() for _ in range(6))
+        self.status, self.error, self.warnings, self.figures, self.notices, self.samples, self.files = (
+            widgets.HTML() for _ in range(7))
         self.progress = widgets.FloatProgress(min=0, max=1, layout={"width": "99%"})
         self.loss = widgets.Image(format="png", layout={"width": "99%", "display": "none"})
         self.command = widgets.HTML(html.command_html(shell_command(self._session.settings, self._session.run)))
@@ -155,7 +155,9 @@ class TrainPanel(widgets.VBox):
         self.progress.max, self.progress.value = max(now.total_steps, 1), now.step
         self.progress.bar_style = BAR_STYLES.get(status, "info")
         self.figures.value = html.figures_html(now, session.settings.train.epoch_count)
-        self.notices.value = html.notices_html(now.notices)
+        warnings = [text for text in now.notices if text.startswith("WARNING")]    # in sight: one may be a question
+        self.warnings.value = html.notices_html(warnings)
+        self.notices.value = html.notices_html(text for text in now.notices if text not in warnings)
         self.samples.value = html.samples_html(now.samples)
         self.files.value = html.files_html(session.run.name, now.files)
         self.error.value = self._failure() if status == "failed" else self._complaint

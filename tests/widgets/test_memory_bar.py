@@ -23,6 +23,12 @@ def run(tmp_path, base):
     return run
 
 
+def shown(bar):
+    """Bar and advice, when all is counted."""
+    bar.newest.join()
+    return bar._bar.value, bar._advice.value
+
+
 def told(run):
     settings = run.settings()
     return estimate(read_shape(load_weights(settings.train.load_model)), settings, gpu=False).total
@@ -31,13 +37,10 @@ def told(run):
 def test_it_follows_the_form(run):
     form = SettingsForm(run)
     bar = MemoryBar(form, run, limit=10**9)
-    assert bar._advice.value == "counting …"
-    bar.newest.join()
-    before = bar._bar.value
-    assert f"{told(run) / 1e9:.2f} GB" in before and "of 1.0 GB free" in before and bar._advice.value == ""
+    before, advice = shown(bar)
+    assert f"{told(run) / 1e9:.2f} GB" in before and "of 1.0 GB free" in before and advice == ""
     form.inputs["ctx_len"].value = 4096
-    bar.newest.join()
-    assert bar._bar.value != before and f"{told(run) / 1e9:.2f} GB" in bar._bar.value
+    assert f"{told(run) / 1e9:.2f} GB" in shown(bar)[0] != before
 
 
 def test_what_does_not_fit_is_said_with_the_cheapest_change(run):
@@ -47,16 +50,12 @@ def test_what_does_not_fit_is_said_with_the_cheapest_change(run):
     form = SettingsForm(run)
     bar = MemoryBar(form, run, limit=limit)
     form.inputs["micro_bsz"].value = 8
-    bar.newest.join()
-    assert "does not fit" in bar._advice.value
-    assert "<code>micro_bsz 4, accumulate_grad_batches 2</code>" in bar._advice.value
+    _, advice = shown(bar)
+    assert "does not fit" in advice and "<code>micro_bsz 4, accumulate_grad_batches 2</code>" in advice
     bar.apply.click()
-    bar.newest.join()
-    assert told(run) <= limit and bar._advice.value == ""
+    assert told(run) <= limit and shown(bar)[1] == ""
     assert (run.settings().train.micro_bsz, form.inputs["accumulate_grad_batches"].value) == (4, 2)
-    bar = MemoryBar(form, run, limit=10**6)
-    bar.newest.join()
-    assert "smaller base" in bar._advice.value
+    assert "smaller base" in shown(MemoryBar(form, run, limit=10**6))[1]
 
 
 def test_a_change_during_a_search_is_answered_for_the_newest_settings(run):
@@ -77,8 +76,7 @@ def test_a_change_during_a_search_is_answered_for_the_newest_settings(run):
     assert first.is_alive() and said[-1] == ("counting …", threading.current_thread())
     said.clear()
     _tracing.release()
-    bar.newest.join()
-    assert f"{told(run) / 1e9:.2f} GB" in bar._bar.value and "smaller base" in said[-1][0]
+    assert f"{told(run) / 1e9:.2f} GB" in shown(bar)[0] and "smaller base" in said[-1][0]
     assert {thread for _, thread in said} == {bar.newest.thread} != {first}
     with _tracing:
         bar.largest.click()
@@ -107,39 +105,31 @@ def test_what_cannot_be_quantised_here_is_said(run, monkeypatch):
     form = SettingsForm(run)
     bar = MemoryBar(form, run)
     form.inputs["quant"].value = "nf4"
-    bar.newest.join()
-    assert "rwkv_nb[quant]" in bar._bar.value
+    assert "rwkv_nb[quant]" in shown(bar)[0]
     form.inputs["quant"].value = "none"
-    bar.newest.join()
-    assert "GB</b> of" in bar._bar.value
+    assert "GB</b> of" in shown(bar)[0]
 
 
 def test_settings_beyond_reason_or_against_each_other_are_said_in_a_line_and_can_be_mended(run):
     form = SettingsForm(run)
     bar = MemoryBar(form, run, limit=10**9)
-    bar.newest.join()
-    before = bar._bar.value
+    before = shown(bar)
     form.inputs["ctx_len"].value = 10**12
-    bar.newest.join()
-    assert "× 1,000,000,000,000 tokens is more than torch can count" in bar._bar.value and bar._advice.value == ""
+    error, advice = shown(bar)
+    assert "× 1,000,000,000,000 tokens is more than torch can count" in error and advice == ""
     bar.largest.click()
-    bar.newest.join()
-    assert "more than torch can count" in bar._bar.value and run.settings().train.micro_bsz == 4
+    assert "more than torch can count" in shown(bar)[0] and run.settings().train.micro_bsz == 4
     form.inputs["ctx_len"].value = 64
-    bar.newest.join()
-    assert bar._bar.value == before
+    assert shown(bar) == before
     form.inputs["truncated_bptt"].value = 1
-    bar.newest.join()
-    assert "set chunk_ctx" in bar._bar.value
+    assert "set chunk_ctx" in shown(bar)[0]
     form.inputs["micro_bsz"].value = 10**18
     assert run.settings().train.micro_bsz == 65_536
 
 
 def test_a_base_that_cannot_be_read_is_said(run):
     run.save_settings(replace(run.settings(), load_model="/nowhere.pth"))
-    bar = MemoryBar(SettingsForm(run), run)
-    bar.newest.join()
-    assert "no such file" in bar._bar.value
+    assert "no such file" in shown(MemoryBar(SettingsForm(run), run))[0]
 
 
 def test_the_table_and_the_figure(run):
