@@ -96,9 +96,13 @@ def document_html(document: Document, tokenizer, *, most: int = 2000) -> str:
             for trained, alike in itertools.groupby(groups(shown, tokenizer), lambda group: group.trained)]
     more = len(document.tokens) - len(shown.tokens)
     rest = f'<span style="{_MARK}"> … and {more:,} more tokens</span>' if more else ""
+    trained, n = int(document.mask.sum()), len(document.tokens)
+    legend = (f'{_OPEN[True]} trained </span> {trained:,} of {n:,} tokens ({trained / max(n, 1):.0%})',
+              f"{_OPEN[False]} only shown </span>",
+              "字<sub>3</sub> a character in 3 tokens", "↵ a line ends", "end: id 0 closes the document")
     return (f'<div style="font-family:var(--jp-code-font-family,monospace);font-size:13px;line-height:1.9;'
             f'white-space:pre-wrap;overflow-wrap:anywhere">{"".join(runs)}{rest}</div>'
-            + _legend(document))
+            f'<div style="margin-top:6px;font-size:12px;line-height:1.8;opacity:.85">{" · ".join(legend)}</div>')
 
 
 def _token_html(group: Group) -> str:
@@ -111,15 +115,6 @@ def _token_html(group: Group) -> str:
         text += f'<sub style="{_MARK}">{len(group.ids)}</sub>'
     ids = " ".join(map(str, group.ids))
     return f'<span style="{_TOKEN}" title="{ids}">{text}</span>'
-
-
-def _legend(document: Document) -> str:
-    trained, n = int(document.mask.sum()), len(document.tokens)
-    parts = (f'{_OPEN[True]} trained </span> {trained:,} of {n:,} tokens ({trained / max(n, 1):.0%})',
-             f"{_OPEN[False]} only shown </span>",
-             "字<sub>3</sub> a character in 3 tokens", "↵ a line ends", "end: id 0 closes the document")
-    return (f'<div style="margin-top:6px;font-size:12px;line-height:1.8;opacity:.85">{" · ".join(parts)}'
-            "</div>")
 
 
 class LengthSlider(widgets.VBox):
