@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import torch
 from packaging.requirements import Requirement
 
@@ -101,8 +102,7 @@ def _cores() -> Finding:
 
 
 def _memory(least: float) -> Finding:
-    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    total, free = (int(fields[name].split()[0]) * 1024 / 1e9 for name in ("MemTotal", "MemAvailable"))
+    total, free, *_ = (n / 1e9 for n in psutil.virtual_memory())
     return Finding("Memory", f"{free:.1f} of {total:.1f} GB free",
                    "" if free >= least else f"close other programs: {least:g} GB should be free")
 

@@ -1,13 +1,14 @@
 """What makes a run fit: the memory that there is, and what to change where it will not do, before a run and in it."""
 
 import bisect
+import contextlib
 import functools
 import importlib.util
 import operator
-import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+import psutil
 import torch
 
 from . import config
@@ -35,10 +36,8 @@ def card(accelerator: str = "auto", number: int = 0) -> tuple[str, int, bool]:
         free, _ = torch.cuda.mem_get_info(number)
         mine = torch.cuda.memory_reserved(number) + CONTEXT
         return torch.cuda.get_device_name(number), int((free + mine) * (1 - SPARE)), True
-    with open("/proc/meminfo", encoding="ascii") as meminfo, open("/proc/self/statm", encoding="ascii") as statm:
-        free = int(re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read())[1]) * 1024
-        _, resident, of_files, *_ = map(int, statm.read().split())
-    return "this machine's memory", free + (resident - of_files) * os.sysconf("SC_PAGE_SIZE"), False
+    mine = psutil.Process().memory_info()   # what is shared are pages of files
+    return "this machine's memory", psutil.virtual_memory().available + mine.rss - mine.shared, False
 
 
 def smaller(settings: Settings, *, gpu: bool) -> Iterator[dict]:
@@ -66,8 +65,10 @@ def smaller(settings: Settings, *, gpu: bool) -> Iterator[dict]:
         (packed and t.quant == "none", {"quant": "int8"}),
         (packed and t.quant != "nf4", {"quant": "nf4"}),
     ):
-        if possible and _allowed(config.replace(settings, **change)):
-            yield change
+        with contextlib.suppress(SettingsError):
+            if possible:
+                config.check_together(config.replace(settings, **change))
+                yield change
 
 
 def _has_bf16(gpu: bool) -> bool:
@@ -78,23 +79,20 @@ def _has_bf16(gpu: bool) -> bool:
         return re.search(r"\b(avx512_bf16|amx_bf16)\b", file.read()) is not None
 
 
-def _allowed(settings: Settings) -> bool:
-    try:
-        config.check_together(settings)
-    except SettingsError:
-        return False
-    return True
-
-
 def words(change: dict) -> str:
     """A change as a person reads it: micro_bsz 2, accumulate_grad_batches 4."""
     return ", ".join(f"{name} {value}" for name, value in change.items())
 
 
-def cheapest_change(shape: Shape, settings: Settings, limit: int, *, gpu: bool) -> dict | None:
+def cheapest_change(shape: Shape, settings: Settings, limit: int, *, gpu: bool,
+                    before_each: Callable[[], None] = lambda: None) -> dict | None:
     """What to change so that the run fits into `limit` bytes: nothing of `smaller` that comes later than it must, and
-    nothing that is not needed beside it. {} where it fits already, None where all of `smaller` together does not do."""
+    nothing that is not needed beside it. {} where it fits already, None where all of `smaller` together does not do.
+
+    before_each: called before each estimate, a second or so; what it raises ends the search
+    """
     def fits(changes: list[dict]) -> bool:
+        before_each()
         together = functools.reduce(operator.or_, changes, {})
         return estimate(shape, config.replace(settings, **together), gpu=gpu).total <= limit
 
@@ -137,9 +135,12 @@ def next_smaller(shape: Shape, settings: Settings, *, loading: bool = False, res
     return next((change for change in changes if size(change) <= 0.97 * size({})), None)
 
 
-def largest_micro_bsz(shape: Shape, settings: Settings, limit: int, *, gpu: bool) -> int:
-    """The largest micro_bsz up to 1024 with which the run fits into `limit` bytes; 0 where not even 1 does."""
+def largest_micro_bsz(shape: Shape, settings: Settings, limit: int, *, gpu: bool,
+                      before_each: Callable[[], None] = lambda: None) -> int:
+    """The largest micro_bsz up to 1024 with which the run fits into `limit` bytes; 0 where not even 1 does.
+    before_each: as of cheapest_change."""
     def over(B: int) -> int:
+        before_each()
         return estimate(shape, config.replace(settings, micro_bsz=B), gpu=gpu).total - limit
 
     fits, fails, B, seen = 0, 1025 if settings.data.dataload != "only" else 2, 1, []

@@ -35,6 +35,7 @@ TUTORIAL = {"0.1B": (2.7, 2.5, 2.4), "0.4B": (3.4, 2.9, 2.7), "1.5B": (5.6, 4.6,
             "v6 1.6B": (7.3, 5.9, 5.4), "v6 3B": (11.8, 9.4, 8.1), "v6 7B": (23.7, 17.3, 14.9)}
 TUTORIAL_SETTINGS = config.replace(Settings(), precision="bf16", ctx_len=1024, r=64, lora_alpha=32.0, lora_dropout=0.05)
 QUANTS = ("none", "int8", "nf4")
+_tracing = threading.Lock()  # what meta stands for is the same for all threads; and who asks the same waits for it
 
 
 class LiveBytes(TorchDispatchMode):
@@ -109,8 +110,9 @@ def estimate(shape: Shape, settings: Settings, *, gpu: bool = True) -> Estimate:
         live=LiveSettings(accumulate_grad_batches=1 + accumulates, lora_dropout=live.lora_dropout))
     n = min(shape.n_layer, 4)  # from the fourth on, a block more brings the same to the peak, whatever moment that is
     try:
-        fewer, few = (_step(dataclasses.replace(shape, n_layer=max(m, 1), vocab_size=1), settings.lora, T, gpu, traced)
-                      for m in (n - 1, n))
+        with _tracing:
+            fewer, few = (_step(dataclasses.replace(shape, n_layer=max(m, 1), vocab_size=1), settings.lora, T, gpu,
+                                traced) for m in (n - 1, n))
     except RuntimeError as error:
         if "overflow" not in str(error):
             raise
@@ -168,9 +170,6 @@ def numberless(shape: Shape, lora: LoraSettings, t: TrainSettings, gpu: bool) ->
     return model
 
 
-_tracing = threading.Lock()  # what meta stands for is the same for all threads
-
-
 @functools.lru_cache(4096)
 def _step(shape: Shape, lora: LoraSettings, T: int, gpu: bool, t: TrainSettings) -> dict:
     """Forward and backward of a small model without numbers. Bytes: weights (of emb and head none), lora; forward:
@@ -179,7 +178,7 @@ def _step(shape: Shape, lora: LoraSettings, T: int, gpu: bool, t: TrainSettings)
     op = pick_op(t.op if t.op in ("torch", "chunked") else "auto", "cpu", dtype, shape.generation)
     state = after = None
     as_there = meta_as_gpu() if gpu and op == "cpu" else nullcontext()
-    with _tracing, torch.device("meta"), as_there, LiveBytes() as live:
+    with torch.device("meta"), as_there, LiveBytes() as live:
         model = numberless(shape, lora, t, gpu)
         parameters = list(adapter_parameters(model))
         trained = sum(p.nbytes for p in parameters)

@@ -1,6 +1,7 @@
 """What several widgets share: a button, a bar, errors, and text that is shown while it is being written."""
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 
@@ -59,11 +60,6 @@ class Bar(widgets.HBox):
     def __repr__(self) -> str:
         return "Bar()"
 
-    @property
-    def value(self) -> float:
-        """The share that is shown."""
-        return self._bar.value
-
     def report(self, done: int, total: int) -> None:
         """Paint the share that is done, in steps that can be seen."""
         share = done / max(total, 1)
@@ -76,20 +72,65 @@ class Bar(widgets.HBox):
 
 
 def write_live(pieces: Generator[str, None, None], paint: Callable[[str, float], None],
-               stopped: Callable[[], bool]) -> str:
+               stopped: Callable[[], bool | None]) -> str:
     """Put pieces of text together until there is no more, or stopped(); returns the text.
 
     paint(the text so far, pieces a second) is called twice a second.
     """
     text, began = "", time.monotonic()
     painted = began
-    for n, piece in enumerate(pieces, 1):
-        text += piece
-        if stopped():
-            break
-        now = time.monotonic()
-        if now - painted > PAINT:
-            paint(text, n / (now - began))
-            painted = now
-    pieces.close()  # who writes them learns that no more is wanted
+    with contextlib.closing(pieces):    # who writes them learns that no more is wanted
+        for n, piece in enumerate(pieces, 1):
+            text += piece
+            if stopped():
+                break
+            now = time.monotonic()
+            if now - painted > PAINT:
+                paint(text, n / (now - began))
+                painted = now
     return text
+
+
+class Overtaken(BaseException):
+    """Something newer was asked for. No Exception: nothing went wrong."""
+
+
+class Newest:
+    """Does what was asked for last on a thread of its own, one thing at a time; what is overtaken ends.
+
+    paint: shows what there is to say; an error comes as HTML, alone
+    lock: held while something is painted; nothing is overtaken meanwhile
+    """
+
+    def __init__(self, name: str, paint: Callable[..., None]):
+        self.lock, self.thread = threading.RLock(), None
+        self._name, self._paint, self._turn, self._asked = name, paint, threading.Lock(), 0
+
+    def ask(self, work: Callable[[Callable[..., None]], None], *shown) -> None:
+        """Do work(say) next; shown is painted till then. say(…) paints, and raises Overtaken in a work that is."""
+        with self.lock:
+            self._asked += 1
+            if shown:
+                self._paint(*shown)
+            self.thread = threading.Thread(target=self._do, args=(work, self._asked), name=self._name, daemon=True)
+            self.thread.start()
+
+    def join(self) -> None:
+        """Wait until all is done, what a work asked for too."""
+        while self.thread.is_alive():
+            self.thread.join()
+
+    def _do(self, work: Callable, number: int) -> None:
+        def say(*shown) -> None:
+            with self.lock:
+                if number != self._asked:
+                    raise Overtaken
+                if shown:
+                    self._paint(*shown)
+
+        with self._turn, contextlib.suppress(Overtaken):
+            try:
+                say()
+                work(say)
+            except Exception as error:
+                say(error_html(error))

@@ -59,14 +59,13 @@ class ComparePanel(W.VBox):
 
     def __init__(self, folder: str | Path, chosen: Iterable[str] = ()):
         self.folder = Path(folder)
-        self._choice = W.SelectMultiple(options=list(find_runs(folder)),
-                                      layout=W.Layout(width="220px", flex="0 0 auto"))
-        self._choice.value = [name for name in chosen if name in self._choice.options]
-        again = button("Read again", self._read_again, icon="refresh", tooltip="Look for new runs and new steps")
+        self._choice = W.SelectMultiple(layout=W.Layout(width="220px", flex="0 0 auto"))
+        again = button("Read again", lambda: self._choose(self._choice.value), icon="refresh",
+                       tooltip="Look for new runs and new steps")
         self._table, self._picture = W.HTML(), W.Image(format="png", layout=W.Layout(max_width="960px"))
         super().__init__([W.HBox([W.VBox([self._choice, again]), self._table]), self._picture])
         self._choice.observe(self._paint, "value")
-        self._paint()
+        self._choose(chosen)
 
     @property
     def chosen(self) -> dict[str, list[dict]]:
@@ -74,10 +73,9 @@ class ComparePanel(W.VBox):
         runs = find_runs(self.folder)
         return {name: runs[name].metrics() for name in self._choice.value if name in runs}
 
-    def _read_again(self) -> None:
-        before = self._choice.value
+    def _choose(self, names: Iterable[str]) -> None:
         self._choice.options = list(find_runs(self.folder))
-        self._choice.value = [name for name in before if name in self._choice.options]
+        self._choice.value = [name for name in names if name in self._choice.options]
         self._paint()
 
     def _paint(self, _=None) -> None:

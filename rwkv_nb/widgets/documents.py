@@ -5,6 +5,7 @@ The colours are translucent over the page's own, so that light and dark themes b
 below them too, for readers who do not tell the colours apart.
 """
 
+import codecs
 import itertools
 from collections.abc import Iterator, Sequence
 from html import escape
@@ -71,23 +72,17 @@ def _edges(sizes: np.ndarray, ctx_len: int) -> np.ndarray:
 
 def groups(document: Document, tokenizer) -> Iterator[Group]:
     """A document's tokens, those that hold parts of one character together."""
-    ids, trained = [], False
+    ids, trained, characters = [], False, codecs.getincrementaldecoder("utf-8")("replace")
     for token, mask in zip(document.tokens.tolist(), document.mask.tolist(), strict=True):
-        if ids and (token == 0 or ids == [0] or not _cut(b"".join(tokenizer.table[i] for i in ids))):
+        cut, _ = characters.getstate()     # the bytes of a character that is not complete
+        if ids and (token == 0 or ids == [0] or not cut):
             yield Group(ids, tokenizer.decode(ids), trained)
             ids, trained = [], False
+            characters.reset()
         ids, trained = [*ids, token], trained or mask
+        characters.decode(tokenizer.table[token])
     if ids:
         yield Group(ids, tokenizer.decode(ids), trained)
-
-
-def _cut(text: bytes) -> bool:
-    """Whether a character is not complete at the end."""
-    try:
-        text.decode()
-    except UnicodeDecodeError as error:
-        return error.reason == "unexpected end of data"
-    return False
 
 
 def document_html(document: Document, tokenizer, *, most: int = 2000) -> str:
@@ -101,9 +96,13 @@ def document_html(document: Document, tokenizer, *, most: int = 2000) -> str:
             for trained, alike in itertools.groupby(groups(shown, tokenizer), lambda group: group.trained)]
     more = len(document.tokens) - len(shown.tokens)
     rest = f'<span style="{_MARK}"> … and {more:,} more tokens</span>' if more else ""
+    trained, n = int(document.mask.sum()), len(document.tokens)
+    legend = (f'{_OPEN[True]} trained </span> {trained:,} of {n:,} tokens ({trained / max(n, 1):.0%})',
+              f"{_OPEN[False]} only shown </span>",
+              "字<sub>3</sub> a character in 3 tokens", "↵ a line ends", "end: id 0 closes the document")
     return (f'<div style="font-family:var(--jp-code-font-family,monospace);font-size:13px;line-height:1.9;'
             f'white-space:pre-wrap;overflow-wrap:anywhere">{"".join(runs)}{rest}</div>'
-            + _legend(document))
+            f'<div style="margin-top:6px;font-size:12px;line-height:1.8;opacity:.85">{" · ".join(legend)}</div>')
 
 
 def _token_html(group: Group) -> str:
@@ -116,15 +115,6 @@ def _token_html(group: Group) -> str:
         text += f'<sub style="{_MARK}">{len(group.ids)}</sub>'
     ids = " ".join(map(str, group.ids))
     return f'<span style="{_TOKEN}" title="{ids}">{text}</span>'
-
-
-def _legend(document: Document) -> str:
-    trained, n = int(document.mask.sum()), len(document.tokens)
-    parts = (f'{_OPEN[True]} trained </span> {trained:,} of {n:,} tokens ({trained / max(n, 1):.0%})',
-             f"{_OPEN[False]} only shown </span>",
-             "字<sub>3</sub> a character in 3 tokens", "↵ a line ends", "end: id 0 closes the document")
-    return (f'<div style="margin-top:6px;font-size:12px;line-height:1.8;opacity:.85">{" · ".join(parts)}'
-            "</div>")
 
 
 class LengthSlider(widgets.VBox):

@@ -1,8 +1,7 @@
 """Memory told before a run: a bar that follows the form of 03, and the tutorial's table with ours beside it."""
 
-import contextlib
 import html
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import ipywidgets as W
@@ -10,13 +9,12 @@ from matplotlib.figure import Figure
 
 from .. import config, fit, memory
 from ..config import PRESETS, Settings
-from ..errors import RwkvNbError
 from ..memory import QUANTS, TUTORIAL, TUTORIAL_SETTINGS
 from ..model import Shape, load_weights, read_shape
 from ..quant import bitsandbytes
 from ..runs import Run
 from ..words import bytes_text
-from .common import button, errors_shown
+from .common import Newest, button
 from .panel_form import SettingsForm
 from .panel_html import rows_html
 from .plots import COLOURS, INK, stacked_bars
@@ -75,21 +73,23 @@ class MemoryBar(W.VBox):
     """What the run in a form would need, against the card that is there; follows the form as it changes.
 
     Says what to change where it does not fit, with a button for that, for each preset and for the largest micro_bsz.
+    It counts on a thread of its own, which takes seconds, and more beside a training.
     limit: bytes to fit into, by default those of the GPU, or of the machine where it has none.
     """
 
     def __init__(self, form: SettingsForm, run: Run, limit: int | None = None):
-        self._form, self._run, self._limit, self._setting = form, run, limit, False
+        self._form, self._run, self._limit = form, run, limit
         self._bar, self._advice = W.HTML(layout=W.Layout(width="99%")), W.HTML()
-        self.apply = button("change that", lambda: self._set(self._offer))
+        self.newest = Newest("rwkv_nb memory", self._paint)
+        self.apply = button("change that", lambda: self._set(self._offer or {}))
         self.presets = {name: button(name, partial(self._set, changes), tooltip=fit.words(changes), width="auto")
                         for name, changes in PRESETS.items()}
-        self.largest = button("largest micro_bsz that fits", self._fill, width="auto")
+        self.largest = button("largest micro_bsz that fits", lambda: self._ask(self._fill), width="auto")
         super().__init__([self._bar, W.HBox([self._advice, self.apply]),
                           W.HBox([W.Label("preset:"), *self.presets.values(), self.largest])])
         for control in form.inputs.values():
-            control.observe(self._changed, "value")
-        self._changed()
+            control.observe(lambda _: self._ask(self._count), "value")
+        self._ask(self._count)
 
     def __repr__(self) -> str:
         return f"MemoryBar({self._run.name})"
@@ -100,38 +100,35 @@ class MemoryBar(W.VBox):
         name, size, gpu = fit.card(settings.train.accelerator)
         return read_shape(load_weights(settings.train.load_model)), settings, name, self._limit or size, gpu
 
-    def _changed(self, _=None) -> None:
-        if self._setting:   # several at once: shown when the last is set
-            return
-        self._advise("counting …")      # a second or two; more beside a training
-        advice, change = "", None
-        with errors_shown(self._bar):
-            shape, settings, name, limit, gpu = self._read()
-            told = memory.estimate(shape, settings, gpu=gpu)
-            self._bar.value = bar_html(told, name, limit)
-            t = settings.train
-            if t.quant != "none" or t.quant_head or t.adam_state == "8bit":
-                bitsandbytes()
-            if told.total > limit:
-                self._advise(f"{_NOT} looking for what would make it fit …")    # it takes a few seconds
-                change = fit.cheapest_change(shape, settings, limit, gpu=gpu)
-                advice = f"{_NOT} " + (f"it fits with <code>{fit.words(change)}</code>&nbsp;" if change else
-                                       f"no setting makes it fit: {fit.TOO_LARGE}")
-        self._advise(advice, change)
+    def _ask(self, work: Callable) -> None:
+        self.newest.ask(work, self._bar.value, "counting …")
 
-    def _advise(self, text: str, offer: dict | None = None) -> None:
-        self._advice.value, self._offer, self.apply.layout.display = text, offer, "" if offer else "none"
+    def _count(self, say: Callable[..., None]) -> None:
+        shape, settings, name, limit, gpu = self._read()
+        told = memory.estimate(shape, settings, gpu=gpu)
+        bar, t = bar_html(told, name, limit), settings.train
+        if t.quant != "none" or t.quant_head or t.adam_state == "8bit":
+            bitsandbytes()
+        if told.total <= limit:
+            return say(bar)
+        change = fit.cheapest_change(shape, settings, limit, gpu=gpu, before_each=partial(
+            say, bar, f"{_NOT} looking for what would make it fit …"))
+        say(bar, f"{_NOT} " + (f"it fits with <code>{fit.words(change)}</code>&nbsp;" if change else
+                               f"no setting makes it fit: {fit.TOO_LARGE}"), change)
 
-    def _fill(self) -> None:
-        with contextlib.suppress(RwkvNbError):   # the bar says it already
-            shape, settings, _, limit, gpu = self._read()
-            self._set({"micro_bsz": max(fit.largest_micro_bsz(shape, settings, limit, gpu=gpu), 1)})
+    def _fill(self, say: Callable[..., None]) -> None:
+        shape, settings, _, limit, gpu = self._read()
+        fits = fit.largest_micro_bsz(shape, settings, limit, gpu=gpu, before_each=say)
+        with self.newest.lock:
+            say()
+            self._set({"micro_bsz": max(fits, 1)})
+
+    def _paint(self, bar: str, advice: str = "", offer: dict | None = None) -> None:
+        self._bar.value, self._advice.value, self._offer = bar, advice, offer
+        self.apply.layout.display = "" if offer else "none"
 
     def _set(self, changes: dict) -> None:
-        self._setting = True
-        try:
+        with self.newest.lock:    # counted when the last is set
             for name, value in changes.items():
                 self._form.inputs[name].value = value
-        finally:
-            self._setting = False
-        self._changed()
+            self._ask(self._count)

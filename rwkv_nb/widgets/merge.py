@@ -1,7 +1,6 @@
 """Notebook 05's widget and picture: an answer that follows the adapter's strength, and the scores before and after."""
 
-import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from html import escape
 
 import ipywidgets as widgets
@@ -12,7 +11,7 @@ from ..evaluate import Judgement
 from ..generate import stream
 from ..lora.layers import strength
 from ..model import RWKV
-from .common import errors_shown, write_live
+from .common import Newest, write_live
 from .plots import COLOURS, INK, plain
 
 
@@ -25,7 +24,6 @@ class StrengthSlider(widgets.VBox):
 
     def __init__(self, model: RWKV, tokenizer, question: str, *, template: str = "chat", max_tokens: int = 80):
         self._model, self._tokenizer, self._template, self._max_tokens = model, tokenizer, template, max_tokens
-        self._lock, self._request, self._thread = threading.Lock(), 0, None
         self.text = ""                     # the answer as far as it is written
         self.question = widgets.Textarea(value=question, continuous_update=False, description="question", rows=2,
                                          layout={"width": "620px"})
@@ -33,44 +31,34 @@ class StrengthSlider(widgets.VBox):
                                           description="strength", tooltip="0 is the base, 1 the adapter as trained",
                                           layout={"width": "620px"})
         self.answer = widgets.HTML(layout={"margin": "0 0 0 90px"})  # under the question and the slider
+        self.newest = Newest("rwkv_nb answer", lambda text: setattr(self.answer, "value", text))
         super().__init__([self.question, self.slider, self.answer], layout={"grid_gap": "4px"})
         for control in (self.question, self.slider):
-            control.observe(self._ask, "value")
-        self._ask()
+            control.observe(lambda _: self.newest.ask(self._write), "value")
+        self.newest.ask(self._write)
 
     def __repr__(self) -> str:
         return f"StrengthSlider({self.slider.value:g})"
 
     def join(self) -> str:
         """Wait for the answer to the last change; returns it."""
-        self._thread.join()
+        self.newest.join()
         return self.text
 
-    def _ask(self, _=None) -> None:
-        self._request += 1
-        self._thread = threading.Thread(target=self._write, args=(self._request,), name="rwkv_nb answer", daemon=True)
-        self._thread.start()
-
-    def _write(self, request: int) -> None:
-        """Write the answer to the newest request; an older one ends at its next token."""
-        with self._lock:
-            if request != self._request:  # the newest may have had its turn first: the model is its asker's again
-                return
-            value = self.slider.value
-            with errors_shown(self.answer):
-                pieces = stream(self._model, self._tokenizer, prompt(self.question.value, self._template),
-                                max_tokens=self._max_tokens, template=self._template)
-                with strength(self._model, value):
-                    text = write_live(pieces, lambda text, _: self._paint(value, text + " …"),
-                                      lambda: request != self._request)
-                if request == self._request:
-                    self.text = text.strip()
-                    self._paint(value, self.text)
-
-    def _paint(self, value: float, text: str) -> None:
+    def _write(self, say: Callable[..., None]) -> None:
+        value = self.slider.value
         name = {0.0: "base", 1.0: "adapter as trained"}.get(value, f"strength {value:g}")
-        self.answer.value = (f'<div style="line-height:1.5"><span style="opacity:.65">{name}:</span> '
-                             f'<span style="white-space:pre-wrap;font-family:monospace">{escape(text)}</span></div>')
+
+        def paint(text: str) -> None:
+            say(f'<div style="line-height:1.5"><span style="opacity:.65">{name}:</span> '
+                f'<span style="white-space:pre-wrap;font-family:monospace">{escape(text)}</span></div>')
+
+        pieces = stream(self._model, self._tokenizer, prompt(self.question.value, self._template),
+                        max_tokens=self._max_tokens, template=self._template)
+        with strength(self._model, value):
+            text = write_live(pieces, lambda text, _: paint(text + " …"), say)
+        paint(text.strip())
+        self.text = text.strip()
 
 
 def score_figure(judged: Mapping[str, Judgement]) -> Figure:

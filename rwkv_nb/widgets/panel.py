@@ -32,19 +32,20 @@ class TrainPanel(widgets.VBox):
     """Buttons, sliders, progress, loss and samples of a TrainSession: display(TrainPanel(session)).
 
     A panel may be made before or after session.start(). It paints until the session is done.
+    language: en or zh, that of the settings' explanations
     """
 
-    def __init__(self, session: TrainSession | LaunchedSession):
+    def __init__(self, session: TrainSession | LaunchedSession, language: str = "en"):
         self._session, self._live = session, session.snapshot().live
         self._held, self._complaint = False, ""     # held: the button says Resume
         self._wake, self._painted, self._figure_due = threading.Event(), 0, 0.0
         confirm_changes()
-        self._make_controls(self._live)
+        self._make_controls(self._live, language)
         self._make_displays()
         super().__init__([
             self.status, widgets.HBox([self.start, self.pause, self.stop, self.save]),
-            self.live, self.error, self.progress, self.figures, self.loss, self.samples, self.files, self.notices,
-            self.command],
+            self.live, self.error, self.warnings, self.progress, self.figures, self.loss, self.samples, self.files,
+            self.notices, self.command],
             layout={"max_width": "800px"})
         self._paint_texts(session.snapshot())
         self.painter = threading.Thread(target=self._paint_until_done, name="rwkv_nb panel", daemon=True)
@@ -55,7 +56,7 @@ class TrainPanel(widgets.VBox):
 
     # -- controls ------------------------------------------------------------------------------------------------
 
-    def _make_controls(self, live: LiveSettings) -> None:
+    def _make_controls(self, live: LiveSettings, language: str) -> None:
         session = self._session
         self.start = button("Start", lambda: self._ask(session.start), icon="play", style="success",
                             tooltip="begin to train")
@@ -71,9 +72,10 @@ class TrainPanel(widgets.VBox):
         self.lr_init = widgets.FloatLogSlider(
             value=rate, min=math.log10(rate) - DECADES, max=math.log10(rate) + DECADES, step=0.02,
             readout_format=".2e", continuous_update=False, description="lr_init",
-            tooltip=fields["lr_init"].metadata["en"], style={"description_width": "initial"}, layout={"width": "350px"})
+            tooltip=fields["lr_init"].metadata[language], style={"description_width": "initial"},
+            layout={"width": "350px"})
         for name in LIVE[1:]:
-            setattr(self, name, setting_input(fields[name], getattr(live, name)))
+            setattr(self, name, setting_input(fields[name], getattr(live, name), language))
         for name in LIVE:
             getattr(self, name).observe(self._change, "value")
         inputs = [getattr(self, name) for name in LIVE]
@@ -98,8 +100,8 @@ class TrainPanel(widgets.VBox):
     # -- painting ------------------------------------------------------------------------------------------------
 
     def _make_displays(self) -> None:
-        self.status, self.error, self.figures, self.notices, self.samples, self.files = (
-            widgets.HTML() for _ in range(6))
+        self.status, self.error, self.warnings, self.figures, self.notices, self.samples, self.files = (
+            widgets.HTML() for _ in range(7))
         self.progress = widgets.FloatProgress(min=0, max=1, layout={"width": "99%"})
         self.loss = widgets.Image(format="png", layout={"width": "99%", "display": "none"})
         self.command = widgets.HTML(html.command_html(shell_command(self._session.settings, self._session.run)))
@@ -120,7 +122,7 @@ class TrainPanel(widgets.VBox):
         self._show_live()
         now = self._session.snapshot()
         self._paint_texts(now)
-        due = time.monotonic() >= self._figure_due or now.done
+        due = time.monotonic() >= self._figure_due or now.paused or now.done
         if due and len(now.rows) != self._painted:
             began, self.loss.layout.display = time.monotonic(), "block"
             self.loss.value = png(loss_figure(now.rows), dpi=150)
@@ -153,7 +155,9 @@ class TrainPanel(widgets.VBox):
         self.progress.max, self.progress.value = max(now.total_steps, 1), now.step
         self.progress.bar_style = BAR_STYLES.get(status, "info")
         self.figures.value = html.figures_html(now, session.settings.train.epoch_count)
-        self.notices.value = html.notices_html(now.notices)
+        warnings = [text for text in now.notices if text.startswith("WARNING")]    # in sight: one may be a question
+        self.warnings.value = html.notices_html(warnings)
+        self.notices.value = html.notices_html(text for text in now.notices if text not in warnings)
         self.samples.value = html.samples_html(now.samples)
         self.files.value = html.files_html(session.run.name, now.files)
         self.error.value = self._failure() if status == "failed" else self._complaint

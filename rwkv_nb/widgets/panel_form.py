@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import threading
 from dataclasses import Field
 
 import ipywidgets as widgets
@@ -24,6 +25,7 @@ class SettingsForm(widgets.VBox):
 
     def __init__(self, run: Run, language: str = "en"):
         self._run, self._language, self._message, self.inputs = run, language, widgets.HTML(), {}
+        self._writing = threading.Lock()    # a value may be set by a thread beside the page
         self._known = {field.name: field for field in config.leaf_fields(Settings()) if field.name != "proj_dir"}
         values = config.values(run.settings())
         rows = {name: self._row(field, values[name]) for name, field in self._known.items()}
@@ -43,7 +45,7 @@ class SettingsForm(widgets.VBox):
 
     def _write(self, change) -> None:
         name = change.owner.description
-        with errors_shown(self._message):
+        with self._writing, errors_shown(self._message):
             words = isinstance(self._known[name].default, tuple)
             self._run.update(**{name: tuple(change.new.split()) if words else change.new})
             self._message.value = ""

@@ -58,11 +58,8 @@ def figures_html(snapshot: Snapshot, epoch_count: int) -> str:
 
 def notices_html(notices: Iterable[str]) -> str:
     """A sentence a line; warnings stand out."""
-    lines = []
-    for text in notices:
-        weight = "font-weight:600" if text.startswith("WARNING") else "opacity:.8"
-        lines.append(f'<div style="line-height:1.5;{weight}">• {escape(text)}</div>')
-    return "".join(lines)
+    return "".join(f'<div style="line-height:1.5;{"font-weight:600" if text.startswith("WARNING") else "opacity:.8"}">'
+                   f"• {escape(text)}</div>" for text in notices)
 
 
 def error_html(error: BaseException) -> str:

@@ -58,13 +58,13 @@ def test_a_change_that_another_has_overtaken_leaves_the_model_alone(model):
     slider = StrengthSlider(model, Watched(), "one", max_tokens=4)
     slider.join()
     asked_by.clear()
-    with slider._lock:      # all of them wait for the model, and take their turns in any order
+    with slider.newest._turn:   # all of them wait for the model, and take their turns in any order
         for value in (0.2, 0.9, 0.4):
             slider.slider.value = value
         waiting = [thread for thread in threading.enumerate() if thread.name == "rwkv_nb answer"]
     for thread in waiting:
         thread.join()
-    assert len(waiting) == 3 and asked_by == {slider._thread}
+    assert len(waiting) == 3 and asked_by == {slider.newest.thread}
 
 
 def test_an_answer_ends_where_the_templates_do(model, monkeypatch):
@@ -91,4 +91,4 @@ def test_the_bar_follows_a_merge(lively, tmp_path):
     bar = Bar()
     merge(lively, make_adapter(tmp_path / "a.safetensors", lively)[0], tmp_path / "m.pth", prove=False,
           progress=bar.report)
-    assert bar.value == 1
+    assert bar.children[0].value == 1

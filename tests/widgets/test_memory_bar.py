@@ -1,11 +1,12 @@
 """The bar follows the form, says what would fit, and its buttons write the run's settings."""
 
 import sys
+import threading
 
 import pytest
 
 from rwkv_nb.config import PRESETS, Settings, replace, values
-from rwkv_nb.memory import estimate
+from rwkv_nb.memory import _tracing, estimate
 from rwkv_nb.model import PUBLISHED, read_shape
 from rwkv_nb.model.checkpoint import load_weights
 from rwkv_nb.runs import Run
@@ -22,6 +23,12 @@ def run(tmp_path, base):
     return run
 
 
+def shown(bar):
+    """Bar and advice, when all is counted."""
+    bar.newest.join()
+    return bar._bar.value, bar._advice.value
+
+
 def told(run):
     settings = run.settings()
     return estimate(read_shape(load_weights(settings.train.load_model)), settings, gpu=False).total
@@ -30,10 +37,10 @@ def told(run):
 def test_it_follows_the_form(run):
     form = SettingsForm(run)
     bar = MemoryBar(form, run, limit=10**9)
-    before = bar._bar.value
-    assert f"{told(run) / 1e9:.2f} GB" in before and "of 1.0 GB free" in before and "not fit" not in bar._advice.value
+    before, advice = shown(bar)
+    assert f"{told(run) / 1e9:.2f} GB" in before and "of 1.0 GB free" in before and advice == ""
     form.inputs["ctx_len"].value = 4096
-    assert bar._bar.value != before and f"{told(run) / 1e9:.2f} GB" in bar._bar.value
+    assert f"{told(run) / 1e9:.2f} GB" in shown(bar)[0] != before
 
 
 def test_what_does_not_fit_is_said_with_the_cheapest_change(run):
@@ -43,18 +50,46 @@ def test_what_does_not_fit_is_said_with_the_cheapest_change(run):
     form = SettingsForm(run)
     bar = MemoryBar(form, run, limit=limit)
     form.inputs["micro_bsz"].value = 8
-    assert "does not fit" in bar._advice.value
-    assert "<code>micro_bsz 4, accumulate_grad_batches 2</code>" in bar._advice.value
+    _, advice = shown(bar)
+    assert "does not fit" in advice and "<code>micro_bsz 4, accumulate_grad_batches 2</code>" in advice
     bar.apply.click()
-    assert told(run) <= limit and bar._advice.value == ""
+    assert told(run) <= limit and shown(bar)[1] == ""
     assert (run.settings().train.micro_bsz, form.inputs["accumulate_grad_batches"].value) == (4, 2)
-    assert "smaller base" in MemoryBar(form, run, limit=10**6)._advice.value
+    assert "smaller base" in shown(MemoryBar(form, run, limit=10**6))[1]
+
+
+def test_a_change_during_a_search_is_answered_for_the_newest_settings(run):
+    form, said, searching = SettingsForm(run), [], threading.Event()
+
+    def follow(change):
+        said.append((change.new, threading.current_thread()))
+        if "looking for" in change.new and not searching.is_set():
+            _tracing.acquire()                       # the search stands still at its first estimate
+            searching.set()
+
+    with _tracing:
+        bar = MemoryBar(form, run, limit=10**6)
+        bar._advice.observe(follow, "value")
+    searching.wait()
+    first = bar.newest.thread
+    form.inputs["ctx_len"].value = 4096              # waits for nothing
+    assert first.is_alive() and said[-1] == ("counting …", threading.current_thread())
+    said.clear()
+    _tracing.release()
+    assert f"{told(run) / 1e9:.2f} GB" in shown(bar)[0] and "smaller base" in said[-1][0]
+    assert {thread for _, thread in said} == {bar.newest.thread} != {first}
+    with _tracing:
+        bar.largest.click()
+        form.inputs["micro_bsz"].value = 3           # by hand, meanwhile: it stays
+    bar.newest.join()
+    assert run.settings().train.micro_bsz == form.inputs["micro_bsz"].value == 3
 
 
 def test_the_largest_micro_bsz_and_the_presets_are_set(run):
     form, limit = SettingsForm(run), told(run) + 20_000_000
     bar = MemoryBar(form, run, limit=limit)
     bar.largest.click()
+    bar.newest.join()
     found = run.settings().train.micro_bsz
     assert found == form.inputs["micro_bsz"].value > 4 and told(run) <= limit
     form.inputs["micro_bsz"].value = found + 1
@@ -70,30 +105,31 @@ def test_what_cannot_be_quantised_here_is_said(run, monkeypatch):
     form = SettingsForm(run)
     bar = MemoryBar(form, run)
     form.inputs["quant"].value = "nf4"
-    assert "rwkv_nb[quant]" in bar._bar.value
+    assert "rwkv_nb[quant]" in shown(bar)[0]
     form.inputs["quant"].value = "none"
-    assert "GB</b> of" in bar._bar.value
+    assert "GB</b> of" in shown(bar)[0]
 
 
 def test_settings_beyond_reason_or_against_each_other_are_said_in_a_line_and_can_be_mended(run):
     form = SettingsForm(run)
     bar = MemoryBar(form, run, limit=10**9)
-    before = bar._bar.value
+    before = shown(bar)
     form.inputs["ctx_len"].value = 10**12
-    assert "× 1,000,000,000,000 tokens is more than torch can count" in bar._bar.value and bar._advice.value == ""
+    error, advice = shown(bar)
+    assert "× 1,000,000,000,000 tokens is more than torch can count" in error and advice == ""
     bar.largest.click()
-    assert "more than torch can count" in bar._bar.value and run.settings().train.micro_bsz == 4
+    assert "more than torch can count" in shown(bar)[0] and run.settings().train.micro_bsz == 4
     form.inputs["ctx_len"].value = 64
-    assert bar._bar.value == before
+    assert shown(bar) == before
     form.inputs["truncated_bptt"].value = 1
-    assert "set chunk_ctx" in bar._bar.value
+    assert "set chunk_ctx" in shown(bar)[0]
     form.inputs["micro_bsz"].value = 10**18
     assert run.settings().train.micro_bsz == 65_536
 
 
 def test_a_base_that_cannot_be_read_is_said(run):
     run.save_settings(replace(run.settings(), load_model="/nowhere.pth"))
-    assert "no such file" in MemoryBar(SettingsForm(run), run)._bar.value
+    assert "no such file" in shown(MemoryBar(SettingsForm(run), run))[0]
 
 
 def test_the_table_and_the_figure(run):

@@ -4,6 +4,7 @@ import dataclasses
 import time
 
 import pytest
+import torch
 
 from rwkv_nb import config
 from rwkv_nb.config import replace
@@ -38,6 +39,28 @@ def panel(tmp_path, settings):
 
 def events(run):
     return [row for row in run.metrics() if "event" in row]
+
+
+def test_explanations_are_in_the_language_that_is_asked_for(panel):
+    chinese = TrainPanel(panel.session, "zh")
+    for field in config.leaf_fields(config.LiveSettings()):
+        for shown, language in ((panel, "en"), (chinese, "zh")):
+            assert getattr(shown, field.name).tooltip == field.metadata[language]
+
+
+def test_what_is_asked_where_memory_ran_out_stands_beside_the_buttons(panel):
+    def no_room(block, args):
+        if len(args[0]) >= 4:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    session = panel.session
+    session.pause()
+    session.start()
+    until(lambda: session.snapshot().status == "paused" and panel.pause.description == "Resume")
+    session.trainer.model.blocks[-1].register_forward_pre_hook(no_room)
+    panel.pause.click()
+    until(lambda: "memory ran out in step 1" in panel.warnings.value and panel.pause.description == "Resume")
+    assert "memory ran out" not in panel.notices.value and "held out" not in panel.warnings.value
 
 
 def test_buttons_steer_the_session(panel):
