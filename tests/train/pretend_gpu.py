@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 DEVICE = torch.device("cuda", 0)
 BOTH = ("aten::copy_", "aten::_to_copy")   # what goes from one device to the other
+INDEXING = ("aten::index.Tensor", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
 called: set[str] = set()                   # which of our own operators were
 
 
@@ -49,7 +50,7 @@ def run(function, *args, **kwargs):
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
     here = {id(x.numbers): x for x in tensors if isinstance(x, OnGpu)}
     others = [x for x in tensors if not isinstance(x, OnGpu) and x.dim() and not (
-        name.startswith("aten::index") and x.dtype in (torch.bool, torch.long))]   # a GPU takes these from a CPU
+        name in INDEXING and x.dtype in (torch.bool, torch.long))]   # a GPU takes these from a CPU
     if here and others and name not in BOTH:
         raise RuntimeError(f"{name} of tensors on a GPU and on a CPU: {[list(x.shape) for x in others]}")
     there = kwargs.get("device")

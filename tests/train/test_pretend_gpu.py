@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from host_build import compile_on_host
+from torch.utils import backend_registration
 from training import steps, train
 
 from rwkv_nb.config import Settings, replace
@@ -27,6 +28,10 @@ CASES = {   # (version, settings)
     "oldest": (5, {"train_parts": ["time_decay"], "merge": 1}),
 }
 AROUND = {"finish", "finish_backward", "loss", "shift", "shift_backward"}
+
+
+pytestmark = pytest.mark.skipif(not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
+                                reason="this torch knows no device of Python's making")
 
 
 @pytest.fixture(scope="module")
