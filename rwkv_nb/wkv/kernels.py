@@ -130,14 +130,18 @@ def _fake_backward(*args):
 
 def room_of(function, args) -> int:
     """Bytes that an operator takes for itself while it works: those of a GPU's wkvX_backward are gradients of states,
-    one for each piece of time (cuda/wkv_gpu.h), and WKV-7's gb."""
+    one for each piece of time, and WKV-7's gb."""
     name = function.name() if function.namespace == "rwkv_nb" else ""
     if not ("::wkv" in name and "_backward" in name and args[0].device.type in _loaded):
         return 0
     B, T, H, N = args[0].shape
+    return 4 * (B * H * pieces_of(B * H, T) * N * N + ("wkv7" in name) * args[0].numel())
+
+
+def pieces_of(heads: int, T: int) -> int:
+    """Pieces of time that a GPU's backward works on side by side; as of cuda/wkv_gpu.h."""
     chunks = -(-T // SAVE)
-    pieces = -(-chunks // -(-chunks // min(-(-BUSY // (B * H)), chunks)))
-    return 4 * (B * H * pieces * N * N + ("wkv7" in name) * args[0].numel())
+    return -(-chunks // -(-chunks // min(-(-BUSY // heads), chunks)))
 
 
 def _are_texts(state) -> bool:

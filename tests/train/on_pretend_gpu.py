@@ -1,5 +1,5 @@
 """Runs as on a GPU (pretend_gpu.py), each stopped once and resumed; prints a line of JSON for each: {"status": …,
-"notices": …, "called": which of our operators}. What they computed is in their folders.
+"called": which of our operators}. What they computed is in their folders.
 
     python on_pretend_gpu.py LIBRARY FOLDER CASES       LIBRARY: of host_build.py; CASES: {name: settings} in JSON
 """
@@ -20,6 +20,7 @@ from rwkv_nb.wkv import kernels
 torch.set_num_threads(1)
 kernels.load_cuda_kernels = lambda: torch.ops.load_library(sys.argv[1])
 for name, values in json.loads(sys.argv[3]).items():
+    pretend_gpu.called.clear()
     settings, prompts = from_dict(Settings, values), ["User: who?"]
     session = TrainSession(Run(Path(sys.argv[2]) / name), settings, prompts=prompts, max_tokens=3).start()
     while session.snapshot().step < 2 and not session.snapshot().done:
@@ -27,4 +28,4 @@ for name, values in json.loads(sys.argv[3]).items():
     session.stop()
     session.join()
     end = TrainSession(session.run, settings, prompts=prompts, max_tokens=3).start().join()
-    print(json.dumps({"status": end.status, "notices": end.notices, "called": sorted(pretend_gpu.called)}), flush=True)
+    print(json.dumps({"status": end.status, "called": sorted(pretend_gpu.called)}), flush=True)

@@ -118,12 +118,12 @@ def _on(function, first):
         is_it = isinstance(x, (str, torch.device)) and str(x).startswith("cuda")
         return torch.device("pretend", 0) if is_it else x
 
-    def called(*args, **kwargs):
+    def made(*args, **kwargs):
         args, device = [asked(x) for x in args], asked(kwargs.pop("device", None))
         if first and device is not None and not isinstance(args[0], OnGpu):
             return function(*args, **kwargs).to(device)
         return function(*args, **kwargs, **({} if device is None else {"device": device}))
-    return called
+    return made
 
 
 _library = _begin()

@@ -58,9 +58,9 @@ def test_it_learns_what_a_cpu_learns(runs, name, tmp_path):
     train(tmp_path / "cpu", settings[name], prompts=["User: who?"], max_tokens=3)
     there, here = Run(folder / name).metrics(), Run(tmp_path / "cpu").metrics()
     assert said[name]["status"] == "finished" and len(steps(there)) == len(steps(here)) > 3
-    close = 1e-5 if settings[name].train.precision == "fp32" else 3e-3
+    close = 1e-4 if settings[name].train.precision == "fp32" else 3e-2
     for key in ("loss", "grad_norm"):
-        assert [row[key] for row in steps(there)] == pytest.approx([row[key] for row in steps(here)], rel=close * 10)
+        assert [row[key] for row in steps(there)] == pytest.approx([row[key] for row in steps(here)], rel=close)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -68,4 +68,6 @@ def test_the_kernels_are_used(runs, name):
     called = {operator.removeprefix("rwkv_nb::") for operator in runs[2][name]["called"]}
     version, changes = CASES[name]
     wkv = {f"wkv{version}", f"wkv{version}_backward", *(("prepare", "prepare_backward") if version == 7 else ())}
-    assert called >= AROUND | wkv, changes
+    learnt = {"finish_backward"} if "ln_x" in changes.get("train_parts", ()) else set()   # that is PyTorch's to do
+    assert called >= AROUND - learnt | wkv
+    assert not called & learnt

@@ -14,7 +14,7 @@ import torch
 from host_build import CUDA, compile_on_host, run
 
 from rwkv_nb.errors import KernelError
-from rwkv_nb.wkv import nvcc, pick_op
+from rwkv_nb.wkv import kernels, nvcc, pick_op
 
 HERE = Path(__file__).parent
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
@@ -69,6 +69,14 @@ def test_the_kernels_source_against_float64(host_errors, i):
 
 def test_what_is_kept_for_backward(host_errors):
     assert len(host_errors) == len(CASES) + 1  # the last looked at it
+
+
+def test_memory_is_told_of_as_many_pieces_as_there_are(tmp_path):
+    sizes = [(heads, T) for heads in (1, 3, 32, 100, 511, 512, 600) for T in (1, 16, 17, 100, 512, 1000, 4096)]
+    asked = "".join(f'std::printf("%ld ", long(rwkv_nb::pieces_of({heads}, {T})));' for heads, T in sizes)
+    (tmp_path / "a.cpp").write_text('#include "wkv_gpu.h"\n#include <cstdio>\nint main() {' + asked + "}")
+    run("c++", "-std=c++17", f"-I{CUDA}", tmp_path / "a.cpp", "-o", tmp_path / "a")
+    assert list(map(int, run(tmp_path / "a").split())) == [kernels.pieces_of(*size) for size in sizes]
 
 
 def test_a_missing_barrier_is_seen(tmp_path, tmp_path_factory):
